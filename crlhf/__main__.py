@@ -1,0 +1,82 @@
+"""The command line: `python -m crlhf` runs everything, `python -m crlhf STAGE` runs up to one stage."""
+
+import argparse
+import errno
+import sys
+
+from .config import Config, UserError, options, validate
+
+STAGES = ("all", "data", "sft", "preferences", "reward", "baselines", "ppo", "contrastive", "adaptive", "dpo",
+          "evaluation")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one clear line instead of the usage page on a mistake."""
+
+    def error(self, message):
+        raise UserError(f"{message} (python -m crlhf --help lists all options)")
+
+
+def read_bool(text):
+    if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return text.lower() in ("true", "yes", "1")
+
+
+def build_parser():
+    parser = Parser(prog="python -m crlhf", allow_abbrev=False,
+                    description="RLHF with contrastive rewards: SFT, reward model, offline baselines, PPO, comparison. "
+                                "Without a STAGE everything is run; with one, that stage and what it needs. Finished "
+                                "stages are reused, and a run that was stopped goes on where it was.")
+    parser.add_argument("stage", nargs="?", default="all", choices=STAGES, metavar="STAGE",
+                        help="one of " + ", ".join(STAGES))
+    parser.add_argument("--redo", action="store_true", help="redo the stages whose settings have changed")
+    groups = {}
+    for name, group, knob in options(Config()):
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        kind = read_bool if knob.type is bool else knob.type
+        groups[group].add_argument(f"--{name}", dest=f"{group}.{knob.name}", type=kind, default=knob.default,
+                                   metavar=knob.name.upper(),
+                                   help=f"{knob.metadata['help']} (default: {knob.default})".replace("%", "%%"))
+    return parser
+
+
+def parse(arguments):
+    """Command line -> (stage, redo, Config)."""
+    values = vars(build_parser().parse_args(arguments))
+    config = Config()
+    for name, value in values.items():
+        if "." in name:
+            group, knob = name.split(".")
+            setattr(getattr(config, group), knob, value)
+    validate(config)
+    methods = config.method_list()
+    if values["stage"] in ("ppo", "contrastive", "adaptive", "dpo") and values["stage"] not in methods:
+        config.run.methods = ",".join([*methods, values["stage"]])
+    return values["stage"], values["redo"], config
+
+
+def main(arguments=None):
+    """Run the command line and return its exit code: 0 done, 2 the user's mistake, 130 stopped by Ctrl-C."""
+    try:
+        stage, redo, config = parse(sys.argv[1:] if arguments is None else arguments)
+        from .pipeline import Pipeline  # after parsing: torch takes seconds to import
+
+        Pipeline(config).run_to(stage, redo)
+        return 0
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command to go on", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        message = f"can't write {error.filename or 'to the disk'}: {error.strerror}; mend that and run the same command"
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

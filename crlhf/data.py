@@ -1,0 +1,307 @@
+"""What RLHF eats: prompts, demonstrations and preferences, from a hub dataset or a file.
+
+Every format becomes rows of plain texts in the columns the ecosystem uses: {prompt, completion} for
+demonstrations and {prompt, chosen, rejected} for preferences. Formats are told apart by their columns:
+
+    chosen, rejected                  dialogues as one text (Anthropic/hh-rlhf) or as messages
+    prompt, chosen, rejected          texts or messages (trl-lib, UltraFeedback)
+    info, summaries, choice           openai/summarize_from_feedback, comparisons
+    prompt, response_0, response_1    PKU-Alignment/PKU-SafeRLHF; --preferred picks the judging column
+    prompt, completion | messages     demonstrations only
+    text                              plain text (imdb): first words are the prompt, the rest the completion
+
+Rows that can't be used are dropped for a stated reason and counted; nothing is dropped in silence.
+"""
+
+import collections
+import gzip
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .config import UserError
+from .policy import encode_prompt, encode_response
+from .runs import progress, shuffled
+
+ASSISTANT = "\n\nAssistant:"
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet")
+
+
+@dataclass
+class Corpus:
+    """Texts ready for training. Prompts are unique, and held-out prompts occur in no training row."""
+
+    train_prompts: list
+    eval_prompts: list
+    demonstrations: list                                  # rows {prompt, completion}
+    preferences: list = field(default_factory=list)       # rows {prompt, chosen, rejected}
+    eval_preferences: list = field(default_factory=list)
+    notes: list = field(default_factory=list)             # what was dropped or cut, and how often
+
+
+# -------------------------------------------------------------------------------------------- reading rows
+
+
+def read_rows(name, split="train", max_rows=0):
+    """A list of dicts from a local file or folder, or from a dataset of the Hugging Face hub."""
+    path = Path(name)
+    if name.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")):
+        rows = read_json(path)
+    else:
+        rows = read_with_datasets(name, path, split)
+    rows = rows[:max_rows] if max_rows else rows
+    if not rows:
+        raise UserError(f"{name} holds no rows: give a dataset with at least a few hundred")
+    return rows
+
+
+def read_json(path):
+    """JSON lines, or one JSON list; gzip by the suffix. A bad line is named by its number."""
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        rows = parse_json(text, path, 1)
+    else:
+        rows = [parse_json(line, path, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {number}: expected an object like {{\"prompt\": ...}}, got {type(row).__name__}")
+    return rows
+
+
+def read_text(path):
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: check the path, or give a Hugging Face dataset name")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            return file.read()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read: {error}; it should be UTF-8 text{' in gzip' * (path.suffix == '.gz')}") from None
+
+
+def parse_json(text, path, line):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg} at column {error.colno}); "
+                        "mend or delete the line") from None
+
+
+def read_with_datasets(name, path, split):
+    """CSV, Parquet, local dataset folders and hub names, all through the `datasets` library."""
+    import datasets  # slow to import, and files of JSON don't need it
+
+    if path.suffix and not path.exists() and name.endswith(SUFFIXES):
+        raise UserError(f"{name} does not exist: check the path, or give a Hugging Face dataset name")
+    kinds = {".csv": "csv", ".parquet": "parquet"}
+    if path.is_file() and path.suffix not in kinds:
+        raise UserError(f"{name}: unknown kind of file '{path.suffix}'; use one of {', '.join(SUFFIXES)}")
+    datasets.disable_progress_bars()
+    try:
+        if path.is_file():
+            return datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train").to_list()
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(name)
+            return (loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded).to_list()
+        return datasets.load_dataset(name, split=split).to_list()
+    except Exception as error:  # the library raises many kinds: no such name, split or column, no network, bad file
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+        raise UserError(f"dataset '{name}' (split '{split}') can't be loaded: {reason}") from None
+
+
+# ------------------------------------------------------------------------------------------ telling formats
+
+
+def render(messages, tokenizer):
+    """Messages that end before the assistant's turn, as prompt text: chat template, or HH-RLHF's plain form."""
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+    return "".join(f"\n\n{names.get(m['role'], m['role'])}: {m['content']}" for m in messages) + ASSISTANT
+
+
+def split_dialogue(dialogue, tokenizer):
+    """A whole dialogue -> (prompt text, last assistant turn). Text is split at its last '\\n\\nAssistant:'."""
+    if isinstance(dialogue, str):
+        before, mark, response = dialogue.rpartition(ASSISTANT)
+        return (before + mark, response) if mark else ("", dialogue)
+    if not dialogue:
+        return "", ""
+    answer = dialogue[-1]["content"]
+    if tokenizer.chat_template:
+        return render(dialogue[:-1], tokenizer), answer
+    return render(dialogue[:-1], tokenizer), " " + answer
+
+
+def prompt_and_response(prompt, response, tokenizer):
+    """A prompt and a response, each a text or messages, as two texts."""
+    if isinstance(response, str):
+        return (prompt if isinstance(prompt, str) else render(prompt, tokenizer)), response
+    if isinstance(prompt, str):  # some datasets repeat the prompt as the first message of the response
+        prompt = [] if len(response) > 1 else [{"role": "user", "content": prompt}]
+    return split_dialogue([*prompt, *response], tokenizer)
+
+
+def parse_pair(row, columns, preferred, tokenizer):
+    """A preference row in any known format -> (prompt, chosen, prompt of rejected, rejected)."""
+    if {"chosen", "rejected"} <= columns:
+        sides = [row["chosen"] or "", row["rejected"] or ""]
+        if "prompt" in columns:
+            sides = [prompt_and_response(row["prompt"] or "", side, tokenizer) for side in sides]
+        else:
+            sides = [split_dialogue(side, tokenizer) for side in sides]
+        return (*sides[0], *sides[1])
+    if {"info", "summaries", "choice"} <= columns:
+        info, texts = row["info"], [" " + summary["text"].strip() for summary in row["summaries"]]
+        prompt = (f"SUBREDDIT: r/{info.get('subreddit')}\nTITLE: {info.get('title')}\nPOST: "
+                  f"{info.get('post') or info.get('article')}\nTL;DR:")
+        better = row["choice"]
+    else:
+        prompt, texts, better = row["prompt"], [row["response_0"] or "", row["response_1"] or ""], row[preferred]
+    return prompt, texts[better], prompt, texts[1 - better]
+
+
+def parse_demonstration(row, columns, prompt_words, tokenizer):
+    """A row without preferences -> (prompt, completion)."""
+    if "completion" in columns:
+        return prompt_and_response(row["prompt"] or "", row["completion"] or "", tokenizer)
+    if "messages" in columns:
+        return split_dialogue(row["messages"] or [], tokenizer)
+    words = (row["text"] or "").split(" ")
+    return " ".join(words[:prompt_words]), "".join(" " + word for word in words[prompt_words:])
+
+
+def kind_of(columns, preferred, name):
+    """'preferences' or 'demonstrations', by the columns, or a UserError that names what is missing."""
+    if {"chosen", "rejected"} <= columns or {"info", "summaries", "choice"} <= columns:
+        return "preferences"
+    if {"prompt", "response_0", "response_1"} <= columns:
+        if preferred not in columns:
+            raise UserError(f"{name} has no column '{preferred}' that says which response is better: give one of its "
+                            f"columns to --preferred ({', '.join(sorted(columns))})")
+        return "preferences"
+    if {"prompt", "completion"} <= columns or "messages" in columns or "text" in columns:
+        return "demonstrations"
+    missing = {"chosen": "rejected", "rejected": "chosen", "prompt": "completion' or 'chosen' and 'rejected",
+               "completion": "prompt"}
+    wanted = next((missing[c] for c in missing if c in columns), "chosen' and 'rejected")
+    raise UserError(f"{name} is missing the column '{wanted}': it has {', '.join(sorted(columns))}")
+
+
+# ---------------------------------------------------------------------------------------- rows to a corpus
+
+
+def build_corpus(rows, name, tokenizer, config, seed):
+    """Parse, filter, split. `config` is a DataConfig. Raises UserError when nothing usable is left."""
+    columns = set(rows[0])
+    preferred = config.preferred or "better_response_id"
+    kind = kind_of(columns, preferred, name)
+    dropped, examples = collections.Counter(), []
+    with progress(len(rows), "reading") as bar:
+        for number, row in enumerate(rows, 1):
+            example = parse_row(row, number, name, kind, columns, preferred, config.prompt_words, tokenizer)
+            reason = why_unusable(example, tokenizer, config)
+            if reason:
+                dropped[reason] += 1
+            else:
+                examples.append(example)
+            bar.update()
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+    if not examples:
+        raise UserError(f"{name}: none of its {len(rows)} rows can be used: {reasons}")
+    notes = [f"{name}: {sum(dropped.values())} of {len(rows)} rows dropped: {reasons}"] if dropped else []
+    cut = sum(len(encode_response(tokenizer, row["completion"])) >= config.max_response_tokens for row in examples)
+    if cut:
+        notes.append(f"{name}: {cut} of {len(examples)} responses are longer than --max-response-tokens "
+                     f"{config.max_response_tokens} and are cut there")
+    return split_corpus(examples, kind, config.eval_fraction, seed, name, notes)
+
+
+def parse_row(row, number, name, kind, columns, preferred, prompt_words, tokenizer):
+    """One row as {prompt, completion}, and for preferences also rejected and the prompt of its side."""
+    try:
+        if kind == "demonstrations":
+            prompt, completion = parse_demonstration(row, columns, prompt_words, tokenizer)
+            return {"prompt": prompt, "completion": completion}
+        prompt, chosen, rejected_prompt, rejected = parse_pair(row, columns, preferred, tokenizer)
+        return {"prompt": prompt, "completion": chosen, "rejected_prompt": rejected_prompt, "rejected": rejected}
+    except KeyError as error:
+        raise UserError(f"{name}, row {number}: the column {error} is missing") from None
+    except (TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{name}, row {number}: a value has an unexpected type ({error})") from None
+
+
+def why_unusable(example, tokenizer, config):
+    """The reason for which a row must be dropped, or None."""
+    if not example["prompt"].strip():
+        return "with an empty prompt"
+    if not example["completion"].strip() or not example.get("rejected", "-").strip():
+        return "with an empty response"
+    if "rejected" in example:
+        if example["prompt"] != example["rejected_prompt"]:
+            return "whose two sides have different prompts"
+        if example["completion"] == example["rejected"]:
+            return "with chosen equal to rejected"
+    if len(encode_prompt(tokenizer, example["prompt"])) > config.max_prompt_tokens:
+        return f"with a prompt longer than --max-prompt-tokens {config.max_prompt_tokens}"
+    return None
+
+
+def split_corpus(examples, kind, eval_fraction, seed, name, notes):
+    """Hold out a share of the unique prompts, and every row that has one of them."""
+    unique = list(dict.fromkeys(example["prompt"] for example in examples))
+    order = shuffled(len(unique), seed, "split")
+    n_eval = max(1, round(eval_fraction * len(unique)))
+    if len(unique) - n_eval < 2:
+        raise UserError(f"{name} has only {len(unique)} usable prompts: that is too few to train on and hold some out")
+    eval_prompts = [unique[i] for i in order[:n_eval]]
+    held_out = set(eval_prompts)
+    training = [example for example in examples if example["prompt"] not in held_out]
+    pairs = {True: [], False: []}
+    if kind == "preferences":
+        for e in examples:
+            pairs[e["prompt"] in held_out].append(
+                {"prompt": e["prompt"], "chosen": e["completion"], "rejected": e["rejected"]})
+    return Corpus([unique[i] for i in order[n_eval:]], eval_prompts,
+                  [{"prompt": e["prompt"], "completion": e["completion"]} for e in training],
+                  pairs[False], pairs[True], notes)
+
+
+# ---------------------------------------------------------------------------------------- small tokenizers
+
+
+def word_tokenizer(words):
+    """One token per word: the embedded world's tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocab = {token: i for i, token in enumerate(("<pad>", "<eos>", "<unk>", *words))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return wrap(tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def bpe_tokenizer(texts, vocab_size):
+    """A byte-level BPE tokenizer learned from texts, in GPT-2's manner: it can spell any text."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=["<pad>", "<eos>"], show_progress=False)
+    return wrap(tokenizer._tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def wrap(tokenizer, **special_tokens):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", clean_up_tokenization_spaces=False,
+                                   **special_tokens)
+
+
+def training_texts(rows):
+    """Every text in the rows, whatever the columns, for learning a tokenizer."""
+    for row in rows:
+        for value in row.values():
+            if isinstance(value, str):
+                yield value
+            elif isinstance(value, list):
+                yield from training_texts(item for item in value if isinstance(item, dict))
+            elif isinstance(value, dict):
+                yield from training_texts([value])

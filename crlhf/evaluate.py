@@ -1,0 +1,72 @@
+"""Did it help? Held-out prompts, one response each, a judge, and intervals.
+
+Every method answers the same prompts from the same random stream. The judge is any reward callable: the gold
+score where it is known, which removes the judge's own error; else the reward model or whatever you trust.
+"""
+
+import math
+
+import torch
+
+from .policy import Batch, generate, response_log_probs
+from .runs import progress, stream
+
+Z = 1.959964  # two-sided 95% of the normal distribution
+
+
+def mean_interval(values):
+    """(mean, half-width of its 95% interval) of (N,) independent values, by the central limit theorem."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    return values.mean().item(), (Z * values.std() / len(values) ** 0.5).item() if len(values) > 1 else math.nan
+
+
+def wilson_interval(successes, n):
+    """95% interval (low, high) of a share (Wilson 1927). Stays inside [0, 1], also for 0 or n successes."""
+    p, z2 = successes / n, Z**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2)) / (1 + z2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def compare(scores, other_scores, tolerance=1e-6):
+    """Win / tie / loss of (N,) paired scores against others on the same prompts, and the mean difference.
+
+    Returns shares 'win', 'tie', 'loss', the Wilson interval 'win_interval', and 'difference' with its
+    interval's half-width.
+    """
+    difference = torch.as_tensor(scores, dtype=torch.float64) - torch.as_tensor(other_scores, dtype=torch.float64)
+    n, wins, losses = len(difference), int((difference > tolerance).sum()), int((difference < -tolerance).sum())
+    return {"win": wins / n, "tie": (n - wins - losses) / n, "loss": losses / n,
+            "win_interval": wilson_interval(wins, n), "difference": mean_interval(difference)}
+
+
+@torch.no_grad()
+def evaluate_policy(policy, ref_policy, tokenizer, prompts, judges, max_response_tokens, seed, batch_size=256,
+                    temperature=1.0, title="evaluation"):
+    """Sample one response per prompt and judge it.
+
+    judges: dict name -> reward callable. Returns one row per prompt: {prompt, response, ended, kl, and a score
+    for each judge}; kl is log pi(y|x) - log pi_ref(y|x), whose mean estimates KL(pi || pi_ref) in nats.
+    """
+    device, rows = next(policy.parameters()).device, []
+    with progress(len(prompts), title) as bar:
+        for first in range(0, len(prompts), batch_size):
+            some = prompts[first:first + batch_size]
+            texts, has_ended, batch = generate(policy, tokenizer, some, max_response_tokens, temperature,
+                                               generator=stream(seed, "evaluation", first, device=device))
+            kl = log_ratio(policy, ref_policy, batch, temperature).tolist()
+            scores = {name: judge(some, texts).tolist() for name, judge in judges.items()}
+            rows += [{"prompt": some[i], "response": texts[i], "ended": bool(has_ended[i]), "kl": kl[i],
+                      **{name: values[i] for name, values in scores.items()}} for i in range(len(some))]
+            bar.update(len(some))
+    return rows
+
+
+def log_ratio(policy, ref_policy, batch: Batch, temperature):
+    """log pi(y|x) - log pi_ref(y|x) of whole responses: (B,)."""
+    ratio = response_log_probs(policy, batch, temperature) - response_log_probs(ref_policy, batch, temperature)
+    return (ratio * batch.response_mask).sum(1)
+
+
+def column(rows, name):
+    return torch.tensor([row[name] for row in rows], dtype=torch.float64)

@@ -1,0 +1,80 @@
+"""The same GPT-2 arithmetic with less around it: a lean forward pass over a Hugging Face GPT-2's own weights.
+
+On small models most of a step's time goes into the library's generality: masks rebuilt, caches grown by
+copying, wrappers called. This file holds one function that reads the weights of a `GPT2Model` and computes
+its hidden states, with or without a preallocated key-value cache. Gradients flow into the same parameters.
+`policy.py` calls it for GPT-2-style models and the library for all others; `tests/test_policy.py` holds the
+two to the same numbers.
+"""
+
+import torch
+import torch.nn.functional as F
+
+GELUS = ("gelu_new", "gelu_pytorch_tanh")  # the same function, unfused and fused
+
+
+def supports(model):
+    """Is this a plain GPT-2 (language model, reward model or critic) without options we leave out?"""
+    config = model.config
+    return (config.model_type == "gpt2" and config.activation_function in GELUS and config.scale_attn_weights
+            and not config.scale_attn_by_inverse_layer_idx and not config.add_cross_attention)
+
+
+class Cache:
+    """Keys and values of every layer, (layers, 2, B, heads, L, head size), allocated once."""
+
+    def __init__(self, model, batch_size, length, device):
+        config = model.config
+        dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
+        self.store = torch.empty(config.n_layer, 2, batch_size, config.n_head, length,
+                                 config.n_embd // config.n_head, device=device, dtype=dtype)
+        self.used = 0
+
+
+def linear(x, layer):
+    """Hugging Face's GPT-2 keeps its weights as (in, out): x @ W + b."""
+    return torch.addmm(layer.bias, x.view(-1, x.shape[-1]), layer.weight).view(*x.shape[:-1], -1)
+
+
+def norm(x, layer):
+    return F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+
+
+def attention_mask(mask, n_new):
+    """(B, L) bool of real tokens -> (B, 1, n_new, L) bool: who may look at whom. None if nothing is hidden.
+
+    A new token sees itself and the real tokens before it. Padding sees itself, so that no row of the softmax
+    is empty.
+    """
+    B, L = mask.shape
+    if n_new == 1:
+        return mask[:, None, None, :]
+    column = torch.arange(L, device=mask.device)
+    row = column[L - n_new:, None]
+    return (((column <= row) & mask[:, None, :]) | (column == row))[:, None]
+
+
+def hidden_states(trunk, ids, mask, position_ids, cache=None):
+    """Hidden states after the final norm: (B, n) new ids -> (B, n, D).
+
+    mask: (B, L) bool over all L columns so far, of which the ids are the last n. Without a cache n = L.
+    """
+    B, n = ids.shape
+    heads = trunk.config.n_head
+    x = F.embedding(ids, trunk.wte.weight) + F.embedding(position_ids, trunk.wpe.weight)
+    allowed = attention_mask(mask, n)
+    for number, block in enumerate(trunk.h):
+        qkv = linear(norm(x, block.ln_1), block.attn.c_attn)
+        query, key, value = qkv.view(B, n, 3, heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, n, head size) each
+        if cache is not None:
+            end = cache.used + n
+            cache.store[number, 0, :, :, cache.used:end] = key
+            cache.store[number, 1, :, :, cache.used:end] = value
+            key, value = cache.store[number, 0, :, :, :end], cache.store[number, 1, :, :, :end]
+            key, value = key.to(query.dtype), value.to(query.dtype)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+        x = x + linear(attended.transpose(1, 2).reshape(B, n, -1), block.attn.c_proj)
+        x = x + linear(F.gelu(linear(norm(x, block.ln_2), block.mlp.c_fc), approximate="tanh"), block.mlp.c_proj)
+    if cache is not None:
+        cache.used += n
+    return norm(x, trunk.ln_f)

@@ -1,0 +1,319 @@
+"""A language model as a policy: load and save, sample responses, read off log-probabilities and values.
+
+A policy assigns to a response y = (y_1 ... y_T) to a prompt x the log-probability
+
+    log pi(y | x) = sum_t log pi(y_t | x, y_<t).
+
+Prompts are padded on the left, (B, P), and responses on the right, (B, T), so that every response starts in
+the same column and the token at column t of the response is predicted at column P + t - 1. Masks are built
+from positions and never from the identity of a token: with many tokenizers padding *is* the EOS token, and
+a mask that hides padding by its id hides the EOS from the loss, so the policy never learns to stop.
+`response_mask` is True up to and including the EOS that the policy emitted.
+"""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          DynamicCache, GPT2Config)
+from transformers.utils import logging as transformers_logging
+
+from . import fast
+from .config import UserError
+from .runs import autocast
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+# ------------------------------------------------------------------------------------------- load and save
+
+
+def load_tokenizer(name):
+    """A tokenizer from a folder or the hub, ready for our batches: it has an EOS and a pad token."""
+    check_folder(name, "tokenizer_config.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"no tokenizer can be loaded from '{name}': {first_line(error)}; the folder needs tokenizer.json "
+                        "and tokenizer_config.json") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of '{name}' has no EOS token, so no response could ever end: set eos_token in its "
+                        "tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # safe, because masks come from positions
+    return tokenizer
+
+
+def load_model(name, auto_class=AutoModelForCausalLM, **kwargs):
+    """A model from a folder or the hub. Only safetensors weights, no remote code, dropout off, fp32."""
+    check_folder(name)
+    try:
+        model = auto_class.from_pretrained(name, use_safetensors=True, trust_remote_code=False, dtype=torch.float32,
+                                           **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"no model can be loaded from '{name}': {first_line(error)}; it needs config.json and "
+                        "safetensors weights") from None
+    return model.eval()
+
+
+def check_folder(name, required="config.json"):
+    """A name that looks like a path must be a model folder; anything else is left to the hub."""
+    path = Path(name)
+    if path.is_dir() and not (path / required).is_file():
+        raise UserError(f"'{name}' is no model folder: it has no {required}")
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if not path.is_dir() and looks_local:
+        raise UserError(f"model folder '{name}' does not exist: check the path, or give a Hugging Face name")
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(". ")
+
+
+def tiny_model(vocab_size, eos_id, pad_id, context, layers, width, heads, seed):
+    """A GPT-2-style model from random weights. `gelu_pytorch_tanh` is GPT-2's own activation, fused."""
+    config = GPT2Config(vocab_size=vocab_size, n_positions=context, n_embd=width, n_layer=layers, n_head=heads,
+                        activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                        bos_token_id=eos_id, eos_token_id=eos_id, pad_token_id=pad_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def save(folder, model, tokenizer):
+    """Write an ordinary Hugging Face folder that `from_pretrained` loads."""
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+
+
+def scalar_model(folder, pad_id, zero_head=True):
+    """The trunk of the model in `folder` under a scalar head `score` on every token, (B, L) -> (B, L, 1).
+
+    With `zero_head` the head starts at zero, so every first prediction is 0 and nothing random enters. Reward
+    model and critic are both such a model: one is read at the last token, the other at every token.
+    """
+    model = load_model(folder, AutoModelForSequenceClassification, num_labels=1)
+    if not hasattr(model, "score"):
+        raise UserError(f"'{folder}' is a {type(model).__name__}, which has no scalar head on its tokens: use a causal "
+                        "language model such as GPT-2, SmolLM2 or Qwen2.5")
+    if zero_head:
+        torch.nn.init.zeros_(model.score.weight)
+    model.config.pad_token_id = pad_id
+    return model
+
+
+def frozen_copy(model):
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def context_length(model_config):
+    """Positions the model can address, or None if its config sets no limit."""
+    return getattr(model_config, "max_position_embeddings", None) or getattr(model_config, "n_positions", None)
+
+
+def read_model_config(name):
+    check_folder(name)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"no model can be loaded from '{name}': {first_line(error)}") from None
+
+
+# ------------------------------------------------------------------------------------------- text and ids
+
+
+@dataclass
+class Batch:
+    """Prompts and responses as padded ids. Index it with rows to get a smaller batch, trimmed to fit."""
+
+    prompt_ids: torch.Tensor     # (B, P) left-padded
+    prompt_mask: torch.Tensor    # (B, P) bool
+    response_ids: torch.Tensor   # (B, T) right-padded
+    response_mask: torch.Tensor  # (B, T) bool, True up to and including EOS
+
+    def __len__(self):
+        return len(self.prompt_ids)
+
+    def __getitem__(self, rows):
+        """Some rows, without the columns that are padding in all of them."""
+        prompt_mask, response_mask = self.prompt_mask[rows], self.response_mask[rows]
+        P, T = int(prompt_mask.sum(1).max()), max(int(response_mask.sum(1).max()), 1)
+        return Batch(self.prompt_ids[rows][:, -P:], prompt_mask[:, -P:],
+                     self.response_ids[rows][:, :T], response_mask[:, :T])
+
+    def to(self, device):
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+
+    def ids_and_mask(self):
+        """Prompt and response side by side: (B, P + T) ids and bool mask."""
+        return (torch.cat([self.prompt_ids, self.response_ids], 1),
+                torch.cat([self.prompt_mask, self.response_mask], 1))
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt. A tokenizer that opens every text with BOS does so here, once."""
+    has_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+    return tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
+
+
+def encode_response(tokenizer, response):
+    return tokenizer(response, add_special_tokens=False)["input_ids"]
+
+
+def pad(sequences, pad_id, side):
+    """Lists of ids -> (B, L) ids and bool mask, padded on the 'left' or 'right'."""
+    length = max(max(map(len, sequences)), 1)
+    ids = torch.full((len(sequences), length), pad_id)
+    mask = torch.zeros(len(sequences), length, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        place = slice(length - len(sequence), length) if side == "left" else slice(0, len(sequence))
+        ids[row, place], mask[row, place] = torch.tensor(sequence, dtype=torch.long), True
+    return ids, mask
+
+
+def pad_prompts(tokenizer, prompts):
+    """B texts -> ((B, P) ids, (B, P) mask), left-padded."""
+    return pad([encode_prompt(tokenizer, prompt) for prompt in prompts], tokenizer.pad_token_id, "left")
+
+
+def make_batch(tokenizer, prompts, responses, max_response_tokens):
+    """Tokenise pairs of texts. A response that fits ends in EOS; a longer one is cut and has none."""
+    prompt_ids, prompt_mask = pad_prompts(tokenizer, prompts)
+    sequences = [(encode_response(tokenizer, text) + [tokenizer.eos_token_id])[:max_response_tokens]
+                 for text in responses]
+    return Batch(prompt_ids, prompt_mask, *pad(sequences, tokenizer.pad_token_id, "right"))
+
+
+def decode(tokenizer, response_ids, response_mask):
+    """(B, T) ids -> B texts, without special tokens and without what stands after the mask."""
+    return [tokenizer.decode(ids[mask], skip_special_tokens=True)
+            for ids, mask in zip(response_ids.cpu(), response_mask.cpu())]
+
+
+def positions(mask):
+    """Position of each token among the real ones of its row: the first real token is 0. (B, L) -> (B, L)."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+# ------------------------------------------------------------------------------- log-probabilities, values
+
+
+def response_logits(model, batch):
+    """Logits that predict each response token, and the trunk's hidden states they come from.
+
+    Returns (B, T, V) and (B, T, D). Column P - 1 (the last prompt token) predicts the first response token,
+    so the last response token's own output is not used. The LM head runs on response positions only.
+    """
+    ids, mask = batch.ids_and_mask()
+    T = batch.response_ids.shape[1]
+    if fast.supports(model):
+        hidden = fast.hidden_states(model.transformer, ids, mask, positions(mask))[:, -T - 1:-1]
+        return model.lm_head(hidden), hidden
+    out = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask), logits_to_keep=T + 1,
+                output_hidden_states=True, use_cache=False)
+    return out.logits[:, :-1], out.hidden_states[-1][:, -T - 1:-1]
+
+
+def log_probs_of(logits, ids, temperature=1.0):
+    """log softmax(logits / temperature) at `ids`: (B, T, V), (B, T) -> (B, T)."""
+    logits = logits.float() / temperature
+    return -F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
+
+
+def entropy_of(logits, temperature=1.0):
+    """Entropy in nats of softmax(logits / temperature): (B, T, V) -> (B, T)."""
+    log_probs = torch.log_softmax(logits.float() / temperature, -1)
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def response_log_probs(model, batch, temperature=1.0):
+    """log pi(y_t | x, y_<t) of each response token: (B, T). What stands at padding is meaningless."""
+    with autocast(batch.prompt_ids.device):
+        logits, _ = response_logits(model, batch)
+    return log_probs_of(logits, batch.response_ids, temperature)
+
+
+def response_values(critic, batch):
+    """V(x, y_<t), the critic's prediction before each response token is chosen: (B, T)."""
+    ids, mask = batch.ids_and_mask()
+    T = batch.response_ids.shape[1]
+    with autocast(ids.device):
+        if fast.supports(critic):
+            hidden = fast.hidden_states(critic.transformer, ids, mask, positions(mask))
+        else:
+            hidden = critic.base_model(input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask),
+                                       use_cache=False).last_hidden_state
+        return critic.score(hidden[:, -T - 1:-1]).squeeze(-1).float()
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+def next_token(logits, temperature=1.0, top_p=1.0, generator=None):
+    """Draw one token a row: (B, V) -> (B,).
+
+    Nucleus sampling (Holtzman et al. 2020) keeps the smallest set of likeliest tokens whose probability
+    reaches top_p. The likeliest token always stays.
+    """
+    probs = torch.softmax(logits.float() / temperature, -1)
+    if top_p < 1.0:
+        sorted_probs, order = probs.sort(-1, descending=True)
+        before = sorted_probs.cumsum(-1) - sorted_probs  # probability of all likelier tokens
+        sorted_probs[before >= top_p] = 0.0
+        probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+
+
+@torch.no_grad()
+def sample(model, prompt_ids, prompt_mask, max_new_tokens, eos_id, pad_id, temperature=1.0, top_p=1.0,
+           generator=None):
+    """Sample one response per prompt with a key-value cache; a row stops at its EOS.
+
+    prompt_ids, prompt_mask: (B, P), left-padded. Returns (response_ids, response_mask), each (B, T) with
+    T <= max_new_tokens. Draws come from `generator` alone, which lives on the model's device.
+    """
+    B, P = prompt_ids.shape
+    device = prompt_ids.device
+    mask = torch.cat([prompt_mask, torch.ones(B, max_new_tokens, dtype=torch.bool, device=device)], 1)
+    response_ids = torch.full((B, max_new_tokens), pad_id, device=device)
+    response_mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
+    alive = torch.ones(B, dtype=torch.bool, device=device)
+    ids, position = prompt_ids, positions(prompt_mask)
+    lean = fast.supports(model)
+    cache = fast.Cache(model, B, P + max_new_tokens, device) if lean else DynamicCache(config=model.config)
+    for t in range(max_new_tokens):
+        with autocast(device):
+            if lean:
+                hidden = fast.hidden_states(model.transformer, ids, mask[:, :P + t], position, cache)
+                logits = model.lm_head(hidden[:, -1])
+            else:
+                logits = model(input_ids=ids, attention_mask=mask[:, :P + t].long(), position_ids=position,
+                               past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        token = next_token(logits, temperature, top_p, generator)
+        response_ids[:, t] = torch.where(alive, token, pad_id)
+        response_mask[:, t] = alive
+        alive = alive & (token != eos_id)
+        if not alive.any():
+            break
+        ids, position = token[:, None], position[:, -1:] + 1
+    return response_ids[:, :t + 1], response_mask[:, :t + 1]
+
+
+def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_p=1.0, generator=None):
+    """B prompt texts -> (B response texts, (B,) bool: did it end by EOS, the Batch of ids)."""
+    device = next(model.parameters()).device
+    prompt_ids, prompt_mask = (tensor.to(device) for tensor in pad_prompts(tokenizer, prompts))
+    response_ids, response_mask = sample(model, prompt_ids, prompt_mask, max_new_tokens, tokenizer.eos_token_id,
+                                         tokenizer.pad_token_id, temperature, top_p, generator)
+    batch = Batch(prompt_ids, prompt_mask, response_ids, response_mask)
+    return decode(tokenizer, response_ids, response_mask), ended(batch, tokenizer.eos_token_id), batch
+
+
+def ended(batch, eos_id):
+    """(B,) bool: the last token of the response is EOS."""
+    last = batch.response_mask.sum(1, keepdim=True) - 1
+    return batch.response_ids.gather(1, last.clamp(min=0)).squeeze(1) == eos_id

@@ -1,0 +1,232 @@
+"""A small world with a known true reward: film reviews.
+
+A prompt is the opening of a review, one to three sentences with a mood. A response continues it. Forty
+words, real sentences, and a gold score we can compute, so that a claim about reward noise can be measured
+instead of believed:
+
+    gold(x, y) = 1/2 * (summed tone of all aspects rated in x and y)
+                 - 1/2 * (aspects rated again + malformed sentences + [unfinished]) - 1 * [empty]
+
+The opening counts, so a gloomy opening caps what any response can reach: difficulty is known, and it lasts
+through training. The writers of the demonstrations let their mood follow the opening, so a policy that
+imitates them is fluent but pleases no one.
+
+The raters stand in for human ones. Their mistakes have knobs: wrong labels (`preferred`), a constant per
+prompt and an error per response (`NoisyReward`).
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+
+ASPECTS = ("plot", "acting", "music", "ending", "script", "cast", "pacing", "humor")
+ADJECTIVES = {"superb": 1.0, "wonderful": 1.0, "good": 0.5, "nice": 0.5,
+              "dull": -0.5, "weak": -0.5, "awful": -1.0, "terrible": -1.0}
+VERBS = {"loved": 1.0, "liked": 0.5, "disliked": -0.5, "hated": -1.0}
+DEGREES = {"really": 1.5, "not": -0.5}  # "not awful" is mild praise
+JOINS = ("and", "but")
+WORDS = ("the", "was", "i", ".", *ASPECTS, *ADJECTIVES, *VERBS, *DEGREES, *JOINS)
+
+FAULT = 0.5           # price of a repeated aspect, a malformed sentence, or an unfinished review
+EMPTY = 1.0           # price of saying nothing
+MAX_RESPONSE = 24     # tokens, EOS included: a response of 24 words did not end
+MOST_OPENING = 2.25   # half the tone of three aspects called "really superb"
+
+
+@dataclass
+class Review:
+    """What a reader finds in a text: tone per aspect (first mention), repeats, malformed sentences."""
+
+    tones: dict
+    repeats: int = 0
+    malformed: int = 0
+    unfinished: bool = False
+
+
+# --------------------------------------------------------------------------------------- the gold score
+
+
+def clause_tone(words):
+    """(aspect, tone) of `the plot was [really|not] good` or `i loved the plot`; None if it is neither."""
+    match words:
+        case ["the", aspect, "was", adjective] if aspect in ASPECTS and adjective in ADJECTIVES:
+            return aspect, ADJECTIVES[adjective]
+        case ["the", aspect, "was", degree, adjective] if (aspect in ASPECTS and degree in DEGREES
+                                                           and adjective in ADJECTIVES):
+            return aspect, DEGREES[degree] * ADJECTIVES[adjective]
+        case ["i", verb, "the", aspect] if verb in VERBS and aspect in ASPECTS:
+            return aspect, VERBS[verb]
+    return None
+
+
+def sentence_clauses(words):
+    """[(aspect, tone), ...] of a sentence: one clause, or two joined by and/but. None if malformed."""
+    for place, word in enumerate(words):
+        if word in JOINS:
+            clauses = [clause_tone(words[:place]), clause_tone(words[place + 1:])]
+            break
+    else:
+        clauses = [clause_tone(words)]
+    return None if None in clauses else clauses
+
+
+def read(text):
+    """Read a text sentence by sentence into a Review."""
+    review, sentence = Review({}), []
+    for word in text.split():
+        if word != ".":
+            sentence.append(word)
+            continue
+        clauses = sentence_clauses(sentence)
+        if clauses is None:
+            review.malformed += 1
+        for aspect, tone in clauses or ():
+            review.repeats += aspect in review.tones
+            review.tones.setdefault(aspect, tone)
+        sentence = []
+    review.unfinished = bool(sentence)
+    return review
+
+
+def gold(prompt, response):
+    """The true reward of one response, in units of tone. Never noisy."""
+    n_words = len(response.split())
+    review = read(prompt + " " + response)
+    faults = review.repeats + review.malformed + (review.unfinished or n_words >= MAX_RESPONSE)
+    return 0.5 * sum(review.tones.values()) - FAULT * faults - EMPTY * (n_words == 0)
+
+
+def gold_reward(prompts, responses):
+    """The gold score as a reward callable: lists of B texts -> (B,) float."""
+    return torch.tensor([gold(x, y) for x, y in zip(prompts, responses, strict=True)])
+
+
+def difficulty(prompt):
+    """How much the opening holds back any response, from 0 (all praise) to 1 (all scorn).
+
+    What a response can add doesn't depend on the opening (five or more aspects stay open and at most four
+    fit), so the best reachable gold score falls exactly linearly with difficulty.
+    """
+    return 0.5 - 0.25 * sum(read(prompt).tones.values()) / MOST_OPENING
+
+
+def difficulty_name(value):
+    return "easy" if value < 0.45 else "medium" if value <= 0.55 else "hard"
+
+
+# ------------------------------------------------------------------------------- openings and the writers
+
+
+def write_sentence(rng, aspects, mood):
+    """One sentence on the given one or two aspects. mood in [-1, 1] tilts the choice of tone."""
+    clauses = []
+    for aspect in aspects:
+        sign = 1 if rng.random() < 0.5 + 0.45 * mood else -1
+        if rng.random() < 0.4:
+            verb = rng.choice([word for word, tone in VERBS.items() if tone * sign > 0])
+            clauses.append(f"i {verb} the {aspect}")
+            continue
+        degree = rng.choices(("", "really ", "not "), (0.7, 0.15, 0.15))[0]
+        wanted = -sign if degree == "not " else sign
+        clauses.append(f"the {aspect} was {degree}"
+                       + rng.choice([word for word, tone in ADJECTIVES.items() if tone * wanted > 0]))
+    return f" {rng.choice(JOINS)} ".join(clauses) + " ."
+
+
+def write_opening(rng):
+    """A prompt of one to three sentences, each on an aspect of its own, and the mood it was written in."""
+    mood = rng.uniform(-1, 1)
+    aspects = rng.sample(ASPECTS, rng.randint(1, 3))
+    return " ".join(write_sentence(rng, [aspect], mood) for aspect in aspects), mood
+
+
+def write_continuation(rng, prompt, mood):
+    """What an imperfect writer adds: mood follows the opening; sometimes repeats, garbles or breaks off."""
+    open_aspects = [aspect for aspect in ASPECTS if aspect not in read(prompt).tones]
+    rng.shuffle(open_aspects)
+    sentences = []
+    for _ in range(rng.randint(1, 3)):
+        count = 2 if rng.random() < 0.2 else 1
+        aspects = [rng.choice(ASPECTS) if rng.random() < 0.1 else open_aspects.pop() for _ in range(count)
+                   if open_aspects]
+        if aspects:
+            sentences.append(write_sentence(rng, aspects, mood))
+    words = " ".join(sentences).split()
+    if rng.random() < 0.07:
+        del words[rng.randrange(len(words) - 1)]
+    if rng.random() < 0.05:
+        words = words[:-rng.randint(1, 3)]
+    return " ".join(words[:MAX_RESPONSE - 1])
+
+
+def make_prompts(n, seed, avoid=()):
+    """n different openings, none of them in `avoid`."""
+    rng, seen, prompts = random.Random(f"prompts-{seed}"), set(avoid), []
+    while len(prompts) < n:
+        prompt, _ = write_opening(rng)
+        if prompt not in seen:
+            seen.add(prompt)
+            prompts.append(prompt)
+    return prompts
+
+
+def make_demonstrations(n, seed):
+    """n rows {prompt, completion} by the imperfect writers."""
+    rng, rows = random.Random(f"demonstrations-{seed}"), []
+    for _ in range(n):
+        prompt, mood = write_opening(rng)
+        rows.append({"prompt": prompt, "completion": write_continuation(rng, prompt, mood)})
+    return rows
+
+
+# -------------------------------------------------------------------------------------------- the raters
+
+
+def flip_rate(prompt, rate, flips):
+    """Probability of a wrong label. By difficulty it runs from 0 to 2 * rate (at most 1/2) over the prompts."""
+    return rate if flips == "uniform" else min(0.5, 2 * rate * difficulty(prompt))
+
+
+def make_preferences(prompts, responses_a, responses_b, seed, rate, flips="uniform"):
+    """Label pairs by gold, then flip some. Pairs that gold can't tell apart are left out.
+
+    Returns rows {prompt, chosen, rejected, flipped, gold_chosen, gold_rejected}.
+    """
+    rng, rows = random.Random(f"preferences-{seed}"), []
+    for prompt, a, b in zip(prompts, responses_a, responses_b, strict=True):
+        flipped = rng.random() < flip_rate(prompt, rate, flips)
+        scores = {a: gold(prompt, a), b: gold(prompt, b)}
+        if scores[a] == scores[b]:
+            continue
+        chosen, rejected = (a, b) if (scores[a] > scores[b]) != flipped else (b, a)
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "flipped": flipped,
+                     "gold_chosen": scores[chosen], "gold_rejected": scores[rejected]})
+    return rows
+
+
+def standard_normal(*key):
+    """A draw from N(0, 1) that is a fixed function of its key: the same text meets the same error again."""
+    digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
+    return NormalDist().inv_cdf((int.from_bytes(digest[:7], "big") + 0.5) / 2**56)
+
+
+class NoisyReward:
+    """A reward callable that makes another one's mistakes worse, in two ways.
+
+    prompt_bias: standard deviation of a constant added to all rewards of a prompt. It is what a
+        Bradley-Terry model can't identify, and what a critic can't foresee on an unseen prompt.
+    score_noise: standard deviation of an error on each single response.
+    Both are fixed functions of the text and the seed, as a real reward model's mistakes are.
+    """
+
+    def __init__(self, reward, prompt_bias=0.0, score_noise=0.0, seed=0):
+        self.reward, self.prompt_bias, self.score_noise, self.seed = reward, prompt_bias, score_noise, seed
+
+    def __call__(self, prompts, responses):
+        errors = [self.prompt_bias * standard_normal(self.seed, "bias", x)
+                  + self.score_noise * standard_normal(self.seed, "noise", x, y)
+                  for x, y in zip(prompts, responses, strict=True)]
+        return self.reward(prompts, responses) + torch.tensor(errors)
