@@ -82,9 +82,9 @@ class RewardConfig:
     source: str = knob("train", "'train' a reward model on the preferences, 'gold' (embedded world), a classifier's "
                                 "Hugging Face name or folder, or FILE.py:FUNCTION")
     label: str = knob("", "classifier with several classes: the class whose log-odds are the reward")
-    epochs: float = knob(2.0, "passes over the preference pairs", low=0)
-    batch_size: int = knob(64, "pairs a step", low=1)
-    lr: float = knob(5e-4, "peak learning rate (a pretrained model wants about 1e-5)", low=0)
+    epochs: float = knob(4.0, "passes over the preference pairs", low=0)
+    batch_size: int = knob(32, "pairs a step", low=1)
+    lr: float = knob(1e-3, "peak learning rate (a pretrained model wants about 1e-5)", low=0)
     warmup: float = knob(0.1, "share of the steps over which the learning rate rises", low=0, high=1)
     center_coef: float = knob(0.01, "weight of (r_chosen + r_rejected)^2, which keeps rewards near zero", low=0)
     max_grad_norm: float = knob(1.0, "gradients longer than this are shortened to it", low=1e-9)

@@ -1,6 +1,6 @@
 """A small world with a known true reward: film reviews.
 
-A prompt is the opening of a review, one to three sentences with a mood. A response continues it. Forty
+A prompt is the opening of a review, one to three sentences with a mood. A response continues it. About forty
 words, real sentences, and a gold score we can compute, so that a claim about reward noise can be measured
 instead of believed:
 
@@ -22,18 +22,17 @@ from statistics import NormalDist
 
 import torch
 
-ASPECTS = ("plot", "acting", "music", "ending", "script", "cast", "pacing", "humor")
-ADJECTIVES = {"superb": 1.0, "wonderful": 1.0, "good": 0.5, "nice": 0.5,
-              "dull": -0.5, "weak": -0.5, "awful": -1.0, "terrible": -1.0}
-VERBS = {"loved": 1.0, "liked": 0.5, "disliked": -0.5, "hated": -1.0}
-DEGREES = {"really": 1.5, "not": -0.5}  # "not awful" is mild praise
+ASPECTS = ("plot", "acting", "music", "ending", "script", "cast", "pacing", "humor", "camera", "story")
+ADJECTIVES = {"superb": 1.0, "wonderful": 1.0, "brilliant": 1.0, "good": 0.5, "nice": 0.5, "decent": 0.5,
+              "dull": -0.5, "weak": -0.5, "bland": -0.5, "awful": -1.0, "terrible": -1.0, "dreadful": -1.0}
+VERBS = {"loved": 1.0, "liked": 0.5, "enjoyed": 0.5, "disliked": -0.5, "resented": -0.5, "hated": -1.0}
 JOINS = ("and", "but")
-WORDS = ("the", "was", "i", ".", *ASPECTS, *ADJECTIVES, *VERBS, *DEGREES, *JOINS)
+WORDS = ("the", "was", "i", ".", *ASPECTS, *ADJECTIVES, *VERBS, *JOINS)
 
 FAULT = 0.5           # price of a repeated aspect, a malformed sentence, or an unfinished review
 EMPTY = 1.0           # price of saying nothing
 MAX_RESPONSE = 24     # tokens, EOS included: a response of 24 words did not end
-MOST_OPENING = 2.25   # half the tone of three aspects called "really superb"
+MOST_OPENING = 1.5    # half the tone of three superb aspects
 
 
 @dataclass
@@ -50,13 +49,10 @@ class Review:
 
 
 def clause_tone(words):
-    """(aspect, tone) of `the plot was [really|not] good` or `i loved the plot`; None if it is neither."""
+    """(aspect, tone) of `the plot was good` or `i loved the plot`; None if it is neither."""
     match words:
         case ["the", aspect, "was", adjective] if aspect in ASPECTS and adjective in ADJECTIVES:
             return aspect, ADJECTIVES[adjective]
-        case ["the", aspect, "was", degree, adjective] if (aspect in ASPECTS and degree in DEGREES
-                                                           and adjective in ADJECTIVES):
-            return aspect, DEGREES[degree] * ADJECTIVES[adjective]
         case ["i", verb, "the", aspect] if verb in VERBS and aspect in ASPECTS:
             return aspect, VERBS[verb]
     return None
@@ -107,8 +103,8 @@ def gold_reward(prompts, responses):
 def difficulty(prompt):
     """How much the opening holds back any response, from 0 (all praise) to 1 (all scorn).
 
-    What a response can add doesn't depend on the opening (five or more aspects stay open and at most four
-    fit), so the best reachable gold score falls exactly linearly with difficulty.
+    What a response can add doesn't depend on the opening (seven or more aspects stay open, and at most
+    four fit), so the best reachable gold score falls exactly linearly with difficulty.
     """
     return 0.5 - 0.25 * sum(read(prompt).tones.values()) / MOST_OPENING
 
@@ -129,10 +125,8 @@ def write_sentence(rng, aspects, mood):
             verb = rng.choice([word for word, tone in VERBS.items() if tone * sign > 0])
             clauses.append(f"i {verb} the {aspect}")
             continue
-        degree = rng.choices(("", "really ", "not "), (0.7, 0.15, 0.15))[0]
-        wanted = -sign if degree == "not " else sign
-        clauses.append(f"the {aspect} was {degree}"
-                       + rng.choice([word for word, tone in ADJECTIVES.items() if tone * wanted > 0]))
+        adjective = rng.choice([word for word, tone in ADJECTIVES.items() if tone * sign > 0])
+        clauses.append(f"the {aspect} was {adjective}")
     return f" {rng.choice(JOINS)} ".join(clauses) + " ."
 
 
