@@ -2,6 +2,8 @@
 
 import argparse
 import errno
+import os
+import re
 import sys
 
 from .config import Config, UserError, options, validate
@@ -57,6 +59,20 @@ def parse(arguments):
     return values["stage"], values["redo"], config
 
 
+def disk_trouble(error):
+    """One line for an error of the disk (full, not allowed, no folder), or None for any other error.
+
+    safetensors and tokenizers raise types of their own, whose text ends in '(os error 28)'.
+    """
+    quoted = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(quoted[1]) if quoted else getattr(error, "errno", None)
+    if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
+                      errno.ENAMETOOLONG):
+        return None
+    where = getattr(error, "filename", None) or "to the disk"
+    return f"can't write {where}: {os.strerror(number)}; mend that, or choose another --out, and run the command again"
+
+
 def main(arguments=None):
     """Run the command line and return its exit code: 0 done, 2 the user's mistake, 130 stopped by Ctrl-C."""
     try:
@@ -70,10 +86,10 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("\nstopped; run the same command to go on", file=sys.stderr)
         return 130
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    except Exception as error:
+        message = disk_trouble(error)
+        if message is None:
             raise
-        message = f"can't write {error.filename or 'to the disk'}: {error.strerror}; mend that and run the same command"
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 

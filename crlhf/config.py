@@ -6,6 +6,7 @@ imports nothing heavy, which keeps `python -m crlhf --help` quick.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 METHODS = ("ppo", "contrastive", "adaptive", "dpo")
@@ -198,8 +199,8 @@ def validate(config):
     """Raise UserError for a value outside its range, or for values that contradict each other."""
     for name, group, knob_field in options(config):
         value, meta = getattr(getattr(config, group), knob_field.name), knob_field.metadata
-        if isinstance(value, float) and value != value:
-            raise UserError(f"--{name} is nan: give a number")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} is {value}: give a finite number")
         if meta["choices"] and value not in meta["choices"]:
             raise UserError(f"--{name} is '{value}': choose one of {', '.join(meta['choices'])}")
         low, high = meta["low"], meta["high"]
@@ -210,6 +211,9 @@ def validate(config):
     if ppo.batch_size % ppo.minibatches:
         raise UserError(f"--ppo-batch-size {ppo.batch_size} is not divisible by --ppo-minibatches {ppo.minibatches}: "
                         f"use a multiple, such as {max(1, ppo.batch_size // ppo.minibatches) * ppo.minibatches}")
+    if config.data.dataset == "reviews" and config.world.train_prompts < ppo.batch_size:
+        raise UserError(f"--train-prompts {config.world.train_prompts} is less than --ppo-batch-size {ppo.batch_size}: "
+                        "lower the batch size or raise the number of prompts")
     if config.model.width % config.model.heads:
         raise UserError(f"--model-width {config.model.width} is not divisible by --model-heads {config.model.heads}: "
                         "change one of them")

@@ -11,20 +11,29 @@ demonstrations and {prompt, chosen, rejected} for preferences. Formats are told 
     text                              plain text (imdb): first words are the prompt, the rest the completion
 
 Rows that can't be used are dropped for a stated reason and counted; nothing is dropped in silence.
+
+A hub dataset or local folder with several subsets takes one after a colon: openai/summarize_from_feedback:comparisons.
 """
 
 import collections
 import gzip
 import json
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from jinja2 import TemplateError
 
 from .config import UserError
 from .policy import encode_prompt, encode_response
 from .runs import progress, shuffled
 
-ASSISTANT = "\n\nAssistant:"
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet")
+
+
+class Unusable(Exception):
+    """Why a row is dropped. The text follows a count, as in '3 with an empty prompt'."""
 
 
 @dataclass
@@ -59,31 +68,38 @@ def read_json(path):
     """JSON lines, or one JSON list; gzip by the suffix. A bad line is named by its number."""
     text = read_text(path)
     if text.lstrip().startswith("["):
-        rows = parse_json(text, path, 1)
-    else:
-        rows = [parse_json(line, path, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    for number, row in enumerate(rows, 1):
+        rows = [("row", number, row) for number, row in enumerate(parse_json(text, path, 1), 1)]
+    else:  # not splitlines: it also splits at U+2028 and others, which may stand inside a JSON string
+        rows = [("line", number, parse_json(line, path, number))
+                for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for place, number, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{path}, row {number}: expected an object like {{\"prompt\": ...}}, got {type(row).__name__}")
-    return rows
+            raise UserError(f"{path}, {place} {number}: expected an object like {{\"prompt\": ...}}, "
+                            f"got {type(row).__name__}; mend or delete it")
+    return [row for _, _, row in rows]
 
 
 def read_text(path):
+    """The text of a file, with or without gzip, a byte-order mark or Windows line ends."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: check the path, or give a Hugging Face dataset name")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
             return file.read()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} can't be read: {error}; it should be UTF-8 text{' in gzip' * (path.suffix == '.gz')}") from None
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        wanted = "UTF-8 text in gzip" if path.suffix == ".gz" else "UTF-8 text"
+        raise UserError(f"{path} can't be read: {error}; it should be {wanted}") from None
 
 
 def parse_json(text, path, line):
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg} at column {error.colno}); "
-                        "mend or delete the line") from None
+        raise UserError(f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg} at column "
+                        f"{error.colno}); mend or delete the line") from None
+    if "\\ud" in text.lower():  # half of an escaped surrogate pair can be neither tokenised nor written: make it '?'
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    return value
 
 
 def read_with_datasets(name, path, split):
@@ -92,20 +108,28 @@ def read_with_datasets(name, path, split):
 
     if path.suffix and not path.exists() and name.endswith(SUFFIXES):
         raise UserError(f"{name} does not exist: check the path, or give a Hugging Face dataset name")
-    kinds = {".csv": "csv", ".parquet": "parquet"}
-    if path.is_file() and path.suffix not in kinds:
+    if path.is_file() and path.suffix not in (".csv", ".parquet"):
         raise UserError(f"{name}: unknown kind of file '{path.suffix}'; use one of {', '.join(SUFFIXES)}")
     datasets.disable_progress_bars()
     try:
-        if path.is_file():
-            return datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train").to_list()
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(name)
-            return (loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded).to_list()
-        return datasets.load_dataset(name, split=split).to_list()
+        if path.suffix == ".csv" and path.is_file():  # the answers 'None' and 'NA' are texts, not missing values
+            rows = datasets.load_dataset("csv", data_files=name, split="train", keep_default_na=False)
+        elif path.is_file():
+            rows = datasets.load_dataset("parquet", data_files=name, split="train")
+        elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(name)
+            if isinstance(rows, datasets.DatasetDict):
+                rows = rows[split]
+        else:
+            dataset, _, subset = (name, "", "") if path.exists() else name.partition(":")
+            rows = datasets.load_dataset(dataset, subset or None, split=split)
+        return rows.to_list()
     except Exception as error:  # the library raises many kinds: no such name, split or column, no network, bad file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
-        raise UserError(f"dataset '{name}' (split '{split}') can't be loaded: {reason}") from None
+        if isinstance(error, KeyError):
+            reason = f"there is no split {reason}"
+        raise UserError(f"dataset '{name}' (split '{split}') can't be loaded: {reason}; check the name "
+                        "and --split") from None
 
 
 # ------------------------------------------------------------------------------------------ telling formats
@@ -121,24 +145,32 @@ def render(messages, tokenizer):
 
 def split_dialogue(dialogue, tokenizer):
     """A whole dialogue -> (prompt text, last assistant turn). Text is split at its last '\\n\\nAssistant:'."""
+    not_answered = Unusable("whose dialogue does not end with the assistant's turn")
     if isinstance(dialogue, str):
         before, mark, response = dialogue.rpartition(ASSISTANT)
-        return (before + mark, response) if mark else ("", dialogue)
-    if not dialogue:
-        return "", ""
-    answer = dialogue[-1]["content"]
-    if tokenizer.chat_template:
-        return render(dialogue[:-1], tokenizer), answer
-    return render(dialogue[:-1], tokenizer), " " + answer
+        if HUMAN in response:
+            raise not_answered
+        return before + mark, response
+    if not all(isinstance(message["content"], str) for message in dialogue):
+        raise Unusable("with a message that is no text")  # tool calls, images
+    *before, answer = dialogue or [{"role": "assistant", "content": ""}]
+    if answer["role"] != "assistant":
+        raise not_answered
+    if not any(message["content"].strip() for message in before):
+        return "", answer["content"]
+    return render(before, tokenizer), answer["content"] if tokenizer.chat_template else " " + answer["content"]
 
 
 def prompt_and_response(prompt, response, tokenizer):
     """A prompt and a response, each a text or messages, as two texts."""
+    if isinstance(prompt, str) and isinstance(response, str):
+        return prompt, response
     if isinstance(response, str):
-        return (prompt if isinstance(prompt, str) else render(prompt, tokenizer)), response
-    if isinstance(prompt, str):  # some datasets repeat the prompt as the first message of the response
-        prompt = [] if len(response) > 1 else [{"role": "user", "content": prompt}]
-    return split_dialogue([*prompt, *response], tokenizer)
+        response = [{"role": "assistant", "content": response}]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}] if len(response) == 1 else []
+    repeats = response[:len(prompt)] == prompt  # some datasets repeat the prompt at the head of the response
+    return split_dialogue(response if repeats else [*prompt, *response], tokenizer)
 
 
 def parse_pair(row, columns, preferred, tokenizer):
@@ -151,13 +183,31 @@ def parse_pair(row, columns, preferred, tokenizer):
             sides = [split_dialogue(side, tokenizer) for side in sides]
         return (*sides[0], *sides[1])
     if {"info", "summaries", "choice"} <= columns:
-        info, texts = row["info"], [" " + summary["text"].strip() for summary in row["summaries"]]
-        prompt = (f"SUBREDDIT: r/{info.get('subreddit')}\nTITLE: {info.get('title')}\nPOST: "
-                  f"{info.get('post') or info.get('article')}\nTL;DR:")
-        better = row["choice"]
+        prompt, better = reddit_prompt(row["info"]), better_index(row["choice"], "choice")
+        texts = [" " + (summary["text"] or "").strip() for summary in row["summaries"]]
     else:
-        prompt, texts, better = row["prompt"], [row["response_0"] or "", row["response_1"] or ""], row[preferred]
+        prompt, better = row["prompt"] or "", better_index(row[preferred], preferred)
+        texts = [row["response_0"] or "", row["response_1"] or ""]
     return prompt, texts[better], prompt, texts[1 - better]
+
+
+def reddit_prompt(info):
+    """The post of a summarize_from_feedback row as a prompt. News articles have neither subreddit nor title."""
+    post = info.get("post") or info.get("article")
+    if not post:
+        return ""
+    parts = (("SUBREDDIT: r/", info.get("subreddit")), ("TITLE: ", info.get("title")), ("POST: ", post))
+    return "\n".join([label + text for label, text in parts if text] + ["TL;DR:"])
+
+
+def better_index(value, column):
+    """0 or 1 from a label that may be a number, a bool or text. Ties and missing labels are -1, None or ''."""
+    try:
+        if float(value) in (0, 1):
+            return int(float(value))
+    except (TypeError, ValueError):
+        pass
+    raise Unusable(f"whose {column} is neither 0 nor 1")
 
 
 def parse_demonstration(row, columns, prompt_words, tokenizer):
@@ -198,20 +248,21 @@ def build_corpus(rows, name, tokenizer, config, seed):
     dropped, examples = collections.Counter(), []
     with progress(len(rows), "reading") as bar:
         for number, row in enumerate(rows, 1):
-            example = parse_row(row, number, name, kind, columns, preferred, config.prompt_words, tokenizer)
-            reason = why_unusable(example, tokenizer, config)
-            if reason:
-                dropped[reason] += 1
-            else:
+            try:
+                example = parse_row(row, number, name, kind, columns, preferred, config.prompt_words, tokenizer)
+                require_usable(example, tokenizer, config)
                 examples.append(example)
+            except Unusable as reason:
+                dropped[str(reason)] += 1
             bar.update()
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
     if not examples:
         raise UserError(f"{name}: none of its {len(rows)} rows can be used: {reasons}")
     notes = [f"{name}: {sum(dropped.values())} of {len(rows)} rows dropped: {reasons}"] if dropped else []
-    cut = sum(len(encode_response(tokenizer, row["completion"])) >= config.max_response_tokens for row in examples)
+    responses = [row[side] for row in examples for side in ("completion", "rejected") if side in row]
+    cut = sum(len(encode_response(tokenizer, text)) >= config.max_response_tokens for text in responses)
     if cut:
-        notes.append(f"{name}: {cut} of {len(examples)} responses are longer than --max-response-tokens "
+        notes.append(f"{name}: {cut} of {len(responses)} responses are longer than --max-response-tokens "
                      f"{config.max_response_tokens} and are cut there")
     return split_corpus(examples, kind, config.eval_fraction, seed, name, notes)
 
@@ -220,30 +271,35 @@ def parse_row(row, number, name, kind, columns, preferred, prompt_words, tokeniz
     """One row as {prompt, completion}, and for preferences also rejected and the prompt of its side."""
     try:
         if kind == "demonstrations":
-            prompt, completion = parse_demonstration(row, columns, prompt_words, tokenizer)
-            return {"prompt": prompt, "completion": completion}
-        prompt, chosen, rejected_prompt, rejected = parse_pair(row, columns, preferred, tokenizer)
-        return {"prompt": prompt, "completion": chosen, "rejected_prompt": rejected_prompt, "rejected": rejected}
+            example = dict(zip(("prompt", "completion"), parse_demonstration(row, columns, prompt_words, tokenizer)))
+        else:
+            example = dict(zip(("prompt", "completion", "rejected_prompt", "rejected"),
+                               parse_pair(row, columns, preferred, tokenizer)))
     except KeyError as error:
         raise UserError(f"{name}, row {number}: the column {error} is missing") from None
     except (TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{name}, row {number}: a value has an unexpected type ({error})") from None
+    except TemplateError:
+        raise Unusable("that the tokenizer's chat template refuses") from None
+    for value in example.values():
+        if not isinstance(value, str):
+            raise UserError(f"{name}, row {number}: {value!r:.60} is neither a text nor a list of messages")
+    return example
 
 
-def why_unusable(example, tokenizer, config):
-    """The reason for which a row must be dropped, or None."""
+def require_usable(example, tokenizer, config):
+    """Raise Unusable with the reason for which a row must be dropped."""
     if not example["prompt"].strip():
-        return "with an empty prompt"
+        raise Unusable("with an empty prompt")
     if not example["completion"].strip() or not example.get("rejected", "-").strip():
-        return "with an empty response"
+        raise Unusable("with an empty response")
     if "rejected" in example:
         if example["prompt"] != example["rejected_prompt"]:
-            return "whose two sides have different prompts"
+            raise Unusable("whose two sides have different prompts")
         if example["completion"] == example["rejected"]:
-            return "with chosen equal to rejected"
+            raise Unusable("with chosen equal to rejected")
     if len(encode_prompt(tokenizer, example["prompt"])) > config.max_prompt_tokens:
-        return f"with a prompt longer than --max-prompt-tokens {config.max_prompt_tokens}"
-    return None
+        raise Unusable(f"with a prompt longer than --max-prompt-tokens {config.max_prompt_tokens}")
 
 
 def split_corpus(examples, kind, eval_fraction, seed, name, notes):

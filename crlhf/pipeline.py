@@ -20,8 +20,8 @@ from .contrastive import ContrastiveReward
 from .data import bpe_tokenizer, build_corpus, read_rows, training_texts, word_tokenizer
 from .dpo import train_dpo
 from .evaluate import evaluate_policy
-from .policy import (context_length, frozen_copy, generate, load_model, load_tokenizer, read_model_config, save,
-                     scalar_model, tiny_model)
+from .policy import (context_length, encode_prompt, frozen_copy, generate, load_model, load_tokenizer,
+                     read_model_config, save, scalar_model, tiny_model)
 from .ppo import reward_rules, train_ppo
 from .report import samples_text, summarise, write_report
 from .reward import (ModelReward, checked, load_function_reward, load_model_reward, preference_accuracy,
@@ -89,11 +89,14 @@ class Pipeline:
     def check_folder(self, redo):
         """Refuse a folder that isn't ours, or whose finished stages were made with other settings."""
         out = self.run.folder
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out {out} is a file: choose a folder")
-        if out.is_dir() and any(out.iterdir()) and not (out / "config.json").exists():
+        for path in (out, *out.parents):
+            if path.exists() and not path.is_dir():
+                raise UserError(f"--out {out}: {path} is a file: choose a folder")
+        if out.is_dir() and any(out.iterdir()) and not is_run(out):
             raise UserError(f"--out {out} holds other things than a crlhf run: choose an empty or new folder")
         wanted = self.fingerprints()
+        if stage_print(self.run.path("data")) == wanted["data"]:
+            check_batch(self.config, self.prompts("train"))
         stale = [name for name, value in wanted.items() if name not in DERIVED
                  and stage_print(self.run.path(name)) not in (None, value)]
         if stale and not redo:
@@ -174,6 +177,14 @@ class Pipeline:
         return reviews.NoisyReward(reward, world.prompt_bias, world.score_noise, self.config.run.seed)
 
 
+def is_run(folder):
+    """Does the folder hold a run of ours? Model folders have a config.json too, and must not be overwritten."""
+    try:
+        return {"run", "data", "ppo"} <= set(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def requirements(stages, name):
     """The stage and everything it builds on, directly or not."""
     return {name}.union(*(requirements(stages, need) for need in stages[name].needs))
@@ -199,8 +210,11 @@ def build_data(pipe, folder):
         notes, preferences, eval_preferences = corpus.notes, corpus.preferences, corpus.eval_preferences
         if not preferences and (c.reward.source == "train" or "dpo" in c.method_list()):
             raise UserError(f"{c.data.dataset} has no preferences to learn from: give --reward a classifier's name or "
-                            "FILE.py:FUNCTION" + (" and leave dpo out of --methods" if "dpo" in c.method_list() else ""))
-    check_context(c, folder)
+                            "FILE.py:FUNCTION" + " and leave dpo out of --methods" * ("dpo" in c.method_list()))
+    check_batch(c, train)
+    check_context(c, tokenizer, [*train, *held_out])
+    for spec in {c.reward.source, c.eval.judge} - {"train", "reward", "auto", "gold"}:
+        pipe.reward_callable(spec)(["a prompt"], ["a response"])  # fails here rather than hours later
     for name, prompts in (("train_prompts", train), ("eval_prompts", held_out)):
         write_jsonl(folder / f"{name}.jsonl", [{"prompt": prompt} for prompt in prompts])
     for name, rows in (("demonstrations", demonstrations), ("preferences", preferences),
@@ -209,19 +223,34 @@ def build_data(pipe, folder):
     tokenizer.save_pretrained(folder / "tokenizer")
     for note in notes:
         pipe.say(note)
-    if len(train) < c.ppo.batch_size:
-        raise UserError(f"there are {len(train)} training prompts, fewer than --ppo-batch-size {c.ppo.batch_size}: lower it")
     return f"{len(demonstrations)} demonstrations, {len(train)} prompts to train on, {len(held_out)} held out"
 
 
-def check_context(config, folder):
-    """Prompt and response must fit into what the model can address."""
-    longest = config.data.max_prompt_tokens + config.data.max_response_tokens
-    limit = longest if config.model.name == "tiny" else context_length(read_model_config(config.model.name))
+def check_batch(config, prompts):
+    """A rollout batch holds every training prompt at most once."""
+    if len(prompts) < config.ppo.batch_size:
+        raise UserError(f"{config.data.dataset} gives {len(prompts)} training prompts, fewer than --ppo-batch-size "
+                        f"{config.ppo.batch_size}: lower it")
+
+
+def check_context(config, tokenizer, prompts):
+    """Prompts must be within their limit, and prompt and response must fit into what the model can address."""
+    length = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
+    if length > config.data.max_prompt_tokens:  # the embedded world's: a dataset's long prompts have been dropped
+        raise UserError(f"--max-prompt-tokens {config.data.max_prompt_tokens} is too low: the longest prompt of "
+                        f"{config.data.dataset} has {length} tokens")
+    if config.model.name == "tiny":
+        return
+    model_config = read_model_config(config.model.name)
+    longest, limit = config.data.max_prompt_tokens + config.data.max_response_tokens, context_length(model_config)
     if limit is not None and longest > limit:
         raise UserError(f"--max-prompt-tokens {config.data.max_prompt_tokens} + --max-response-tokens "
                         f"{config.data.max_response_tokens} = {longest} exceed the {limit} tokens that "
                         f"'{config.model.name}' can address: lower one of them")
+    rows = getattr(model_config, "vocab_size", None)
+    if rows is not None and len(tokenizer) > rows:
+        raise UserError(f"the tokenizer of '{config.model.name}' has {len(tokenizer)} tokens, its model only {rows}: "
+                        "they don't belong together; mend the folder")
 
 
 def build_sft(pipe, folder):

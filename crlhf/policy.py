@@ -12,7 +12,6 @@ a mask that hides padding by its id hides the EOS from the loss, so the policy n
 """
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,34 +36,43 @@ def load_tokenizer(name):
     check_folder(name, "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"no tokenizer can be loaded from '{name}': {first_line(error)}; the folder needs tokenizer.json "
-                        "and tokenizer_config.json") from None
+    except Exception as error:  # the libraries raise many kinds, down to a bare Exception for a bad tokenizer.json
+        raise UserError(f"no tokenizer can be loaded from '{name}': {first_line(error)}; the folder needs "
+                        "tokenizer.json and tokenizer_config.json") from None
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of '{name}' has no EOS token, so no response could ever end: set eos_token in its "
-                        "tokenizer_config.json")
+        raise UserError(f"the tokenizer of '{name}' has no EOS token, so no response could ever end: set eos_token in "
+                        "its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # safe, because masks come from positions
     return tokenizer
 
 
-def load_model(name, auto_class=AutoModelForCausalLM, **kwargs):
-    """A model from a folder or the hub. Only safetensors weights, no remote code, dropout off, fp32."""
+def load_model(name, auto_class=AutoModelForCausalLM, new_head=False, **kwargs):
+    """A model from a folder or the hub. Only safetensors weights, no remote code, dropout off, fp32.
+
+    Weights that the folder lacks would be random. That is an error, unless a `new_head` is wanted.
+    """
     check_folder(name)
     try:
-        model = auto_class.from_pretrained(name, use_safetensors=True, trust_remote_code=False, dtype=torch.float32,
-                                           **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        model, report = auto_class.from_pretrained(name, use_safetensors=True, trust_remote_code=False,
+                                                   dtype=torch.float32, output_loading_info=True, **kwargs)
+    except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError for shapes that differ, ...
         raise UserError(f"no model can be loaded from '{name}': {first_line(error)}; it needs config.json and "
                         "safetensors weights") from None
+    if report["missing_keys"] and not new_head:
+        raise UserError(f"'{name}' is no {type(model).__name__}: it holds no weights '{min(report['missing_keys'])}'; "
+                        "choose a model of the right kind")
     return model.eval()
 
 
 def check_folder(name, required="config.json"):
     """A name that looks like a path must be a model folder; anything else is left to the hub."""
     path = Path(name)
+    if path.is_file():
+        raise UserError(f"'{name}' is a file: give a model folder or a Hugging Face name, or FILE.py:FUNCTION for a "
+                        "reward")
     if path.is_dir() and not (path / required).is_file():
-        raise UserError(f"'{name}' is no model folder: it has no {required}")
+        raise UserError(f"'{name}' is no model folder: it has no {required}; choose one that `save_pretrained` wrote")
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if not path.is_dir() and looks_local:
         raise UserError(f"model folder '{name}' does not exist: check the path, or give a Hugging Face name")
@@ -96,7 +104,7 @@ def scalar_model(folder, pad_id, zero_head=True):
     With `zero_head` the head starts at zero, so every first prediction is 0 and nothing random enters. Reward
     model and critic are both such a model: one is read at the last token, the other at every token.
     """
-    model = load_model(folder, AutoModelForSequenceClassification, num_labels=1)
+    model = load_model(folder, AutoModelForSequenceClassification, new_head=zero_head, num_labels=1)
     if not hasattr(model, "score"):
         raise UserError(f"'{folder}' is a {type(model).__name__}, which has no scalar head on its tokens: use a causal "
                         "language model such as GPT-2, SmolLM2 or Qwen2.5")
@@ -119,8 +127,8 @@ def read_model_config(name):
     check_folder(name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"no model can be loaded from '{name}': {first_line(error)}") from None
+    except Exception as error:  # OSError, ValueError, and the hub library's own kind for a value of a wrong type
+        raise UserError(f"no model can be loaded from '{name}': {first_line(error)}; check its config.json") from None
 
 
 # ------------------------------------------------------------------------------------------- text and ids

@@ -13,6 +13,8 @@ kinds of them: the trained model, a classifier from the hub, and a function in a
 """
 
 import importlib.util
+import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -91,8 +93,8 @@ class ModelReward:
         names = {str(name).lower(): number for number, name in model.config.id2label.items()}
         names |= {str(number): number for number in model.config.id2label}
         if len(model.config.id2label) > 1 and label.lower() not in names:
-            raise UserError(f"--reward-label '{label}' is no label of this classifier: choose one of "
-                            f"{', '.join(map(str, model.config.id2label.values()))}")
+            raise UserError(f"--reward-label '{label}' is no label of the classifier '{model.name_or_path}': choose "
+                            f"one of {', '.join(map(str, model.config.id2label.values()))}")
         self.label = names[label.lower()] if len(model.config.id2label) > 1 else 0
 
     @torch.no_grad()
@@ -118,12 +120,13 @@ def load_function_reward(spec):
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"reward '{spec}': there is no file '{path}'; give FILE.py:FUNCTION")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module_spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses in the file look their module up
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises on import is theirs to mend
-        raise UserError(f"reward '{spec}': {path} fails on import with {type(error).__name__}: {error}") from None
+    except (Exception, SystemExit) as error:  # whatever a user's file raises on import is theirs to mend
+        raise UserError(f"reward '{spec}': {path} fails on import with {described(error, path)}: mend the file") from None
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"reward '{spec}': {path} has no function '{name}'")
@@ -135,21 +138,29 @@ def checked(reward, name):
 
     def checked_reward(prompts, responses):
         try:
-            rewards = torch.as_tensor(reward(prompts, responses), dtype=torch.float32).cpu()
+            rewards = torch.as_tensor(reward(prompts, responses), dtype=torch.float32).detach().cpu()
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"reward '{name}' raised {type(error).__name__}: {error}") from None
+            raise UserError(f"reward '{name}' fails with {described(error, name.rpartition(':')[0])}: return one number for each of the "
+                            f"{len(prompts)} responses") from None
         if rewards.shape != (len(prompts),):
             raise UserError(f"reward '{name}' returned shape {tuple(rewards.shape)} for {len(prompts)} responses: "
                             f"return one number for each")
         if not rewards.isfinite().all():
             row = int((~rewards.isfinite()).nonzero()[0])
-            raise UserError(f"reward '{name}' returned {rewards[row].item()} for the response {responses[row][:60]!r}: "
-                            "return a finite number")
+            raise UserError(f"reward '{name}' returned {rewards[row].item()} for the response "
+                            f"{responses[row][:60]!r}: return a finite number")
         return rewards
 
     return checked_reward
+
+
+def described(error, path):
+    """'ValueError: its message (line 3)', with the last line of the user's file that the error went through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).name == Path(path).name]
+    return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
 
 
 # -------------------------------------------------------------------------------------- what it gets right
