@@ -1,0 +1,151 @@
+"""Contrastive rewards and baselines: closed forms, and the theory simulated on worlds small enough to know."""
+
+import pytest
+import torch
+
+from crlhf import contrastive as C
+from crlhf.baselines import baseline_rewards, require_baselines, sample_baselines, save_baselines
+from crlhf.config import BaselineConfig, ContrastiveConfig, UserError
+from crlhf.runs import stream
+
+
+def test_k_sample_mean_and_the_other_aggregates():
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [-1.0, 0.0, 1.0]])
+    assert C.aggregate(rewards, "mean").tolist() == [3.0, 0.0]
+    assert C.aggregate(rewards, "median").tolist() == [2.0, 0.0]
+    assert C.aggregate(rewards, "max").tolist() == [6.0, 1.0]
+    assert C.aggregate(rewards, "min").tolist() == [1.0, -1.0]
+    assert C.aggregate(torch.tensor([[1.0, 4.0]]), "median").tolist() == [2.5]
+
+
+def test_contrastive_reward_by_hand():
+    reward = C.ContrastiveReward({"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([-1.0, -1.0])}, ContrastiveConfig())
+    assert reward(["a", "b", "a"], torch.tensor([2.0, 2.0, 5.0])).tolist() == [0.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize("how", ["mean", "median", "max", "min"])
+def test_a_constant_of_the_prompt_is_removed_exactly(how):
+    rewards, baselines, b = torch.randn(64), torch.randn(64, 5), 10 * torch.randn(64)
+    plain = C.contrast(rewards, C.aggregate(baselines, how))
+    shifted = C.contrast(rewards + b, C.aggregate(baselines + b[:, None], how))
+    assert torch.allclose(plain, shifted, atol=1e-4)
+    assert not torch.allclose(C.contrast(rewards + b, C.aggregate(baselines, how)), plain, atol=1.0)
+
+
+def test_the_expected_policy_gradient_does_not_change():
+    """E_y[grad log pi(y|x) (r - b)] = E_y[grad log pi(y|x) r], by enumeration over a categorical policy."""
+    logits = torch.randn(5, dtype=torch.float64, generator=stream(0, "pg"))
+    probs, rewards = logits.softmax(0), torch.randn(5, dtype=torch.float64, generator=stream(0, "r"))
+    score = torch.eye(5, dtype=torch.float64) - probs  # row y: grad of log pi(y) in the logits
+    gradient = lambda r: (probs[:, None] * score * r[:, None]).sum(0)
+    assert torch.allclose(gradient(rewards), gradient(rewards - 7.3), atol=1e-12)
+    assert gradient(rewards).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("k", [1, 2, 8])
+def test_variance_law(k):
+    """Var(r - b) = Var_x(m_pi - m_ref) + E[s_pi^2] + E[s_ref^2] / k, on simulated prompts."""
+    n, g = 400_000, stream(k, "law")
+    normal = lambda *size: torch.randn(*size, generator=g)
+    m_ref, gain = 1.5 * normal(n), 0.4 * normal(n)
+    r = m_ref + gain + 0.8 * normal(n)
+    baseline = (m_ref[:, None] + 0.6 * normal(n, k)).mean(1)
+    assert C.contrast(r, baseline).var().item() == pytest.approx(0.4**2 + 0.8**2 + 0.6**2 / k, rel=0.02)
+    assert r.var().item() == pytest.approx(1.5**2 + 0.4**2 + 0.8**2, rel=0.02)
+
+
+def test_noise_theorem_for_binary_rewards():
+    """E[r~ - r~_base | x] = (1 - c0 - c1) E[r - r_base | x]: noise shrinks the contrast and leaves no offset."""
+    n, g = 400_000, stream(0, "noise")
+    flip = lambda r, c0, c1: torch.where(torch.rand(n, generator=g) < torch.where(r > 0.5, c1, c0), 1 - r, r)
+    for c0, c1 in ((0.0, 0.0), (0.3, 0.1), (0.2, 0.6), (0.5, 0.5)):
+        clean = (torch.rand(n, generator=g) < 0.8).float(), (torch.rand(n, generator=g) < 0.3).float()
+        noisy = [flip(r, torch.tensor(c0), torch.tensor(c1)) for r in clean]
+        assert (noisy[0] - noisy[1]).mean().item() == pytest.approx((1 - c0 - c1) * 0.5, abs=0.006)
+
+
+def test_best_coefficient_against_least_squares_and_its_variance():
+    b = torch.randn(5000, generator=stream(0, "b"), dtype=torch.float64) * 2 + 3
+    r = 0.6 * b + torch.randn(5000, generator=stream(1, "b"), dtype=torch.float64)
+    moments = [x.mean().item() for x in (r, b, r * b, b * b)]
+    c = C.best_coefficient(*moments)
+    assert c == pytest.approx((torch.cov(torch.stack([r, b]))[0, 1] / b.var()).item(), abs=1e-6)
+    rho = torch.corrcoef(torch.stack([r, b]))[0, 1]
+    assert C.contrast(r, b, c).var().item() == pytest.approx(((1 - rho**2) * r.var()).item(), rel=1e-6)
+    for other in (0.0, c - 0.1, c + 0.1, 1.0):
+        assert C.contrast(r, b, other).var() > C.contrast(r, b, c).var()
+
+
+def test_best_coefficient_stays_between_zero_and_one():
+    assert C.best_coefficient(0.0, 0.0, -2.0, 1.0) == 0.0
+    assert C.best_coefficient(0.0, 0.0, 3.0, 1.0) == 1.0
+    assert C.best_coefficient(1.0, 2.0, 2.0, 4.0) == 1.0  # baselines that don't vary
+
+
+def test_adaptive_follows_a_baseline_that_goes_stale():
+    g = stream(0, "stale")
+    baselines = {str(i): torch.randn(1, generator=g).repeat(2) for i in range(64)}
+    reward = C.ContrastiveReward(baselines, ContrastiveConfig(), adaptive=True)
+    prompts = list(baselines)
+    b = torch.stack([baselines[p][0] for p in prompts])
+    reward(prompts, b + 0.1 * torch.randn(64, generator=g))
+    assert reward.coefficient > 0.9
+    for _ in range(60):
+        reward(prompts, torch.randn(64, generator=g))
+    assert reward.coefficient < 0.35
+
+
+def test_magnitude_scale_gives_the_raw_rewards_size():
+    reward = C.ContrastiveReward({"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}, ContrastiveConfig(scale="magnitude"))
+    raw = torch.tensor([1.5, -3.0])  # contrastive: 0.5 and -5.0
+    scaled = reward(["a", "b"], raw)
+    assert reward.scale == pytest.approx(2.25 / 2.75)
+    assert scaled.abs().mean().item() == pytest.approx(raw.abs().mean().item())
+    reward(["a", "b"], torch.tensor([1.0, 1.0]))  # decayed means: |r| and |r - b|
+    assert reward.scale == pytest.approx((0.9 * 2.25 + 0.1 * 1.0) / (0.9 * 2.75 + 0.1 * 0.5))
+
+
+def test_std_scale_is_the_running_standard_deviation_of_everything_seen():
+    batches = [torch.randn(n, generator=stream(n, "std")) * 3 + 1 for n in (1, 5, 64)]
+    reward = C.ContrastiveReward({"a": torch.tensor([0.0])}, ContrastiveConfig(scale="std"))
+    first = reward(["a"], batches[0])
+    assert torch.equal(first, batches[0])  # one value has no spread: scale 1, not nan
+    for batch in batches[1:]:
+        scaled = reward(["a"] * len(batch), batch)
+    assert reward.scale == pytest.approx(1 / torch.cat(batches).std(correction=0).item(), rel=1e-5)
+    assert torch.allclose(scaled, batches[-1] * reward.scale)
+
+
+def test_running_state_survives_a_checkpoint(tmp_path):
+    from crlhf.runs import load_state, save_state
+    config, baselines = ContrastiveConfig(scale="std"), {"a": torch.tensor([1.0]), "b": torch.tensor([3.0])}
+    one, two = (C.ContrastiveReward(baselines, config, adaptive=True) for _ in range(2))
+    one(["a", "b"], torch.tensor([0.5, 4.0]))
+    save_state(tmp_path / "s.safetensors", one.state_dict())
+    two.load_state_dict(load_state(tmp_path / "s.safetensors"))
+    rewards = torch.tensor([2.0, -1.0])
+    assert torch.equal(one(["a", "b"], rewards), two(["a", "b"], rewards))
+
+
+def test_a_prompt_without_baselines_is_named():
+    with pytest.raises(UserError, match="'c' has no baselines"):
+        C.ContrastiveReward({"a": torch.tensor([1.0])}, ContrastiveConfig())(["c"], torch.tensor([1.0]))
+
+
+def test_baselines_are_k_scored_responses_kept_with_their_prompt(policy, tokenizer, tmp_path):
+    from datasets import load_dataset
+    prompts = ["the plot was dull .", "i loved the music . the cast was good .", "i liked the camera ."]
+    length = lambda xs, ys: torch.tensor([float(len(y.split())) for y in ys])
+    config = BaselineConfig(k=4, batch_size=8)  # two prompts a batch: the third is a batch of its own
+    rows = sample_baselines(policy, tokenizer, length, prompts, config, 10, seed=0)
+    assert [row["prompt"] for row in rows] == prompts
+    for row in rows:
+        assert [len(text.split()) for text in row["responses"]] == row["rewards"] and len(row["rewards"]) == 4
+    assert len({text for row in rows for text in row["responses"]}) > 8
+    assert rows == sample_baselines(policy, tokenizer, length, prompts, config, 10, seed=0)
+    assert rows != sample_baselines(policy, tokenizer, length, prompts, config, 10, seed=1)
+    rewards, ended = baseline_rewards(rows)
+    assert rewards.shape == ended.shape == (3, 4)
+    save_baselines(tmp_path, rows)
+    loaded = load_dataset("json", data_files=str(tmp_path / "baselines.jsonl"), split="train", cache_dir=str(tmp_path))
+    assert loaded[1]["prompt"] == prompts[1] and loaded[1]["rewards"] == rows[1]["rewards"]

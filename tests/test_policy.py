@@ -1,0 +1,196 @@
+"""Sampling and log-probabilities: left padding, masks by position, and the lean forward against the library."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
+
+from crlhf import fast, policy as P
+from crlhf.runs import stream
+
+PROMPTS = ["the plot was dull .", "i loved the music . i hated the cast . the script was good .", "i liked the camera ."]
+RESPONSES = ["the cast was weak .", "i liked the acting and the story was nice .", "."]
+
+
+def llama(tokenizer):
+    """A modern architecture (rotary positions, grouped heads), to which the lean path does not apply."""
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=96,
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=0.3)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def model(request, policy, tokenizer):
+    return policy if request.param == "gpt2" else llama(tokenizer)
+
+
+def plain_log_probs(model, tokenizer, prompt, response):
+    """One row alone, no padding, the library's own forward and a softmax written out."""
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    response_ids = tokenizer(response)["input_ids"] + [tokenizer.eos_token_id]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt_ids + response_ids])).logits[0]
+    return [logits[len(prompt_ids) - 1 + t].double().log_softmax(-1)[token].item()
+            for t, token in enumerate(response_ids)]
+
+
+def test_left_padded_log_probs_equal_each_row_alone(model, tokenizer):
+    batch = P.make_batch(tokenizer, PROMPTS, RESPONSES, 24)
+    log_probs = P.response_log_probs(model, batch)
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
+        alone = plain_log_probs(model, tokenizer, prompt, response)
+        assert log_probs[row][batch.response_mask[row]].tolist() == pytest.approx(alone, abs=2e-4)
+
+
+def test_left_padded_values_equal_each_row_alone(model, tokenizer, tmp_path):
+    P.save(tmp_path, model, tokenizer)
+    critic = P.scalar_model(str(tmp_path), tokenizer.pad_token_id)
+    torch.nn.init.normal_(critic.score.weight, generator=stream(0, "head"))
+    batch = P.make_batch(tokenizer, PROMPTS, RESPONSES, 24)
+    values = P.response_values(critic, batch)
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        n = int(batch.response_mask[row].sum())
+        for t in range(n):  # V before token t is the library's score of everything up to it
+            ids = prompt_ids + batch.response_ids[row, :t].tolist()
+            alone = critic(torch.tensor([ids])).logits.item()
+            assert values[row, t].item() == pytest.approx(alone, abs=2e-4)
+
+
+def test_lean_forward_and_its_gradients_equal_the_library(policy, tokenizer, monkeypatch):
+    batch, results = P.make_batch(tokenizer, PROMPTS, RESPONSES, 24), []
+    assert fast.supports(policy)
+    for lean in (True, False):
+        monkeypatch.setattr(fast, "supports", lambda model: lean)
+        log_probs = P.response_log_probs(policy, batch) * batch.response_mask
+        policy.zero_grad()
+        log_probs.sum().backward()
+        results.append([log_probs.detach(), *(parameter.grad.clone() for parameter in policy.parameters())])
+    for ours, theirs in zip(*results):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_cached_sampling_draws_from_the_log_probs_it_reports(model, tokenizer):
+    """Greedy-like sampling at a tiny temperature must take the argmax of the uncached forward, with padding."""
+    ids, mask = P.pad_prompts(tokenizer, PROMPTS)
+    response_ids, response_mask = P.sample(model, ids, mask, 12, tokenizer.eos_token_id, tokenizer.pad_token_id,
+                                           temperature=1e-3, generator=stream(0, "greedy"))
+    for row, prompt in enumerate(PROMPTS):
+        prefix = tokenizer(prompt)["input_ids"]
+        for token in response_ids[row][response_mask[row]].tolist():
+            with torch.no_grad():
+                logits = model(torch.tensor([prefix])).logits[0, -1]
+            top = logits.topk(2)
+            if top.values[0] - top.values[1] > 0.01:
+                assert token == top.indices[0].item()
+            prefix = prefix + [token]
+
+
+def test_sampling_frequencies_match_the_models_probabilities(model, tokenizer):
+    """Chi-square of 20,000 first tokens and of second tokens after the commonest first one."""
+    prompt, n = "the plot was dull .", 20_000
+    ids, mask = P.pad_prompts(tokenizer, [prompt, PROMPTS[1]])
+    rows = torch.zeros(n, dtype=torch.long)
+    response_ids, response_mask = P.sample(model, ids[rows], mask[rows], 2, tokenizer.eos_token_id,
+                                           tokenizer.pad_token_id, temperature=0.7, generator=stream(1, "chi"))
+
+    def check(tokens, prefix):
+        with torch.no_grad():
+            probs = (model(torch.tensor([prefix])).logits[0, -1].double() / 0.7).softmax(-1)
+        expected = probs * len(tokens)
+        counts = torch.bincount(tokens, minlength=len(probs)).double()
+        common = expected >= 5
+        chi2 = ((counts - expected)[common] ** 2 / expected[common]).sum().item()
+        df = max(int(common.sum()) - 1, 1)
+        assert chi2 < df + 4.5 * math.sqrt(2 * df), (chi2, df)  # p of about 1e-5
+        assert counts[~common].sum() < 5 * (expected[~common].sum() + 2)
+
+    first = response_ids[:, 0]
+    prefix = tokenizer(prompt)["input_ids"]
+    check(first, prefix)
+    going_on = first[first != tokenizer.eos_token_id]
+    commonest = going_on.mode().values.item()
+    check(response_ids[first == commonest, 1], prefix + [commonest])
+
+
+def test_rows_stop_at_eos_and_the_mask_includes_it(policy, tokenizer):
+    ids, mask = P.pad_prompts(tokenizer, PROMPTS * 40)
+    response_ids, response_mask = P.sample(policy, ids, mask, 16, tokenizer.eos_token_id, tokenizer.pad_token_id,
+                                           temperature=3.0, generator=stream(0, "eos"))
+    eos, stopped = tokenizer.eos_token_id, 0
+    for row_ids, row_mask in zip(response_ids.tolist(), response_mask.tolist()):
+        length = sum(row_mask)
+        assert row_mask == [True] * length + [False] * (len(row_mask) - length)
+        if eos in row_ids:
+            stopped += 1
+            assert row_ids.index(eos) == length - 1
+        else:
+            assert length == response_mask.shape[1]
+        assert all(token == tokenizer.pad_token_id for token in row_ids[length:])
+    assert stopped > 20
+    batch = P.Batch(ids, mask, response_ids, response_mask)
+    assert P.ended(batch, eos).sum() == stopped
+
+
+def test_padding_with_the_eos_token_keeps_eos_in_the_mask(tokenizer):
+    """Many tokenizers pad with EOS: a mask by token identity would hide the EOS to be learned."""
+    same = type(tokenizer)(tokenizer_object=tokenizer._tokenizer, eos_token="<eos>", pad_token="<eos>")
+    batch = P.make_batch(same, PROMPTS[:2], RESPONSES[:2], 24)
+    lengths = batch.response_mask.sum(1).tolist()
+    assert lengths == [6, 11]
+    assert batch.response_ids[0, 5] == same.eos_token_id and batch.response_mask[0, 5] and not batch.response_mask[0, 6]
+
+
+def test_a_cut_response_has_no_eos(tokenizer):
+    batch = P.make_batch(tokenizer, ["i liked the plot ."], ["the cast was weak . i liked the plot ."], 6)
+    assert batch.response_mask.sum() == 6 and not P.ended(batch, tokenizer.eos_token_id)
+
+
+def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
+    drawn = lambda p: set(P.next_token(logits, 1.0, p, stream(0, "p")).tolist())
+    assert drawn(0.4) == {0} and drawn(0.79) == {0, 1} and drawn(0.9) == {0, 1, 2} and drawn(1.0) == {0, 1, 2, 3}
+    share = (P.next_token(logits, 1.0, 0.79, stream(0, "q")) == 0).float().mean().item()
+    assert share == pytest.approx(0.5 / 0.8, abs=0.03)  # what stays is renormalised
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_against_reference(reference, temperature):
+    inputs, outputs = reference(f"logprobs_from_logits_temperature_{temperature}")
+    ours = P.log_probs_of(inputs["logits"], inputs["ids"], temperature)
+    assert torch.allclose(ours.double(), outputs["logprobs"], atol=1e-5)
+
+
+def test_entropy_of_a_known_distribution():
+    logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25]]]))
+    assert P.entropy_of(logits).item() == pytest.approx(1.5 * math.log(2), abs=1e-6)
+
+
+def test_models_are_ordinary_hugging_face_folders(policy, tokenizer, tmp_path):
+    P.save(tmp_path, policy, tokenizer)
+    assert (tmp_path / "model.safetensors").exists() and not list(tmp_path.glob("*.bin"))
+    again, words = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ids = words("the plot was dull .", return_tensors="pt")["input_ids"]
+    assert torch.equal(again(ids).logits, policy(ids).logits)
+    assert words.decode(ids[0]) == "the plot was dull ."
+    scalar = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
+    assert scalar.score.weight.shape == (1, 32)
+
+
+def test_streams_depend_on_every_name():
+    draw = lambda *names: torch.rand(3, generator=stream(*names)).tolist()
+    assert draw(0, "a", 1) == draw(0, "a", 1)
+    assert len({tuple(draw(*names)) for names in ((0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), (0, "a", 11))}) == 5
+
+
+def test_sampling_ignores_and_leaves_the_global_random_state(policy, tokenizer):
+    ids, mask = P.pad_prompts(tokenizer, PROMPTS)
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        results.append(P.sample(policy, ids, mask, 8, 99, 0, generator=stream(5, "x"))[0])
+        assert torch.initial_seed() == seed
+    assert torch.equal(*results)

@@ -1,0 +1,238 @@
+"""PPO's formulas against reference values, closed forms, enumeration and finite differences."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from crlhf import ppo
+from crlhf.config import PPOConfig
+from crlhf.policy import frozen_copy
+from crlhf.runs import stream
+from crlhf.sft import masked_mean
+
+from conftest import random_model
+
+
+# ------------------------------------------------------------------------------------------ KL estimators
+
+
+@pytest.mark.parametrize("estimator, unbiased", [("k1", True), ("k3", True), ("k2", False)])
+def test_kl_estimators_against_the_exact_kl_of_two_categoricals(estimator, unbiased):
+    """E over samples of pi, by enumeration. The wrong sign of d fails here, where a test of finiteness can't."""
+    pi, ref = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
+    exact = (pi * (pi / ref).log()).sum().item()
+    estimate = (pi * ppo.kl_estimate(pi.log(), ref.log(), estimator)).sum().item()
+    assert estimate > 0
+    if unbiased:
+        assert estimate == pytest.approx(exact, abs=1e-6)
+        reverse = (ref * (ref / pi).log()).sum().item()
+        assert abs(estimate - reverse) > 0.04  # the test can tell the two directions apart
+    near = 0.99 * pi + 0.01 * ref  # for close distributions k2 is right to second order
+    exact = (pi * (pi / near).log()).sum().item()
+    assert (pi * ppo.kl_estimate(pi.log(), near.log(), estimator)).sum().item() == pytest.approx(exact, rel=0.02)
+
+
+def test_k3_is_never_negative_and_k1_pays_for_divergence():
+    log_probs, ref = torch.randn(2, 1000, generator=stream(0, "kl"))
+    assert (ppo.kl_estimate(log_probs, ref, "k3") >= 0).all()
+    assert ppo.kl_estimate(torch.tensor(-1.0), torch.tensor(-3.0), "k1") > 0  # likelier than under the reference
+
+
+# ----------------------------------------------------------------------------------- rewards, GAE, whitening
+
+
+def test_reward_stands_on_the_last_token_and_nowhere_else():
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    log_probs, ref = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, 9.0, 9.0]]), torch.tensor([[-1.5, -2.0, -2.0], [-3.0, 0.0, 0.0]])
+    shaped = ppo.token_rewards(torch.tensor([5.0, 7.0]), log_probs, ref, mask, kl_coef=0.1)
+    assert torch.allclose(shaped, torch.tensor([[-0.05, 0.0, 0.1 + 5.0], [-0.2 + 7.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("case", ["default", "k3", "gamma_0.9_lam_0.8", "missing_eos_penalty"])
+def test_gae_against_reference(reference, case):
+    """The reference counts one position more in a padded row, so its mask is used as it is."""
+    inputs, outputs = reference(f"ppo_rewards_gae_{case}")
+    mask = outputs["value_mask"]
+    advantages, returns = ppo.gae(outputs["rewards"], inputs["values"], mask, inputs["gamma"], inputs["lam"])
+    assert torch.allclose(advantages[mask], outputs["advantages_raw"][mask], atol=1e-9)
+    assert torch.allclose(returns[mask], outputs["returns"][mask], atol=1e-9)
+
+
+@pytest.mark.parametrize("case", ["default", "k3", "missing_eos_penalty"])
+def test_token_rewards_against_reference_where_rows_are_full(reference, case):
+    inputs, outputs = reference(f"ppo_rewards_gae_{case}")
+    full = outputs["action_mask"].all(1)
+    ended = (inputs["responses"] == inputs["eos_id"]).any(1)
+    scores = ppo.reward_rules(inputs["scores"], ended, inputs["missing_eos_penalty"] or 0.0)
+    shaped = ppo.token_rewards(scores, inputs["logprobs"], inputs["ref_logprobs"], outputs["action_mask"],
+                               inputs["kl_coef"], inputs["kl_estimator"])
+    assert full.sum() == 3
+    assert torch.allclose(shaped[full], outputs["rewards"][full], atol=1e-9)
+
+
+def test_gae_with_lambda_one_is_return_minus_value():
+    rewards, values = torch.randn(2, 3, 7, generator=stream(0, "gae"))
+    mask = torch.arange(7) < torch.tensor([[7], [4], [1]])
+    advantages, returns = ppo.gae(rewards, values, mask, gamma=0.9, lam=1.0)
+    for row in range(3):
+        for t in range(int(mask[row].sum())):
+            tail = rewards[row, t:int(mask[row].sum())]
+            discounted = (0.9 ** torch.arange(len(tail)) * tail).sum()
+            assert returns[row, t] == pytest.approx(discounted.item(), abs=1e-5)
+            assert advantages[row, t] == pytest.approx((discounted - values[row, t]).item(), abs=1e-5)
+    assert (advantages[~mask] == 0).all()
+
+
+def test_a_critic_that_knows_the_baseline_makes_contrastive_rewards_change_nothing():
+    """GAE(r - b, V - b) = GAE(r, V) at gamma = 1; with V not shifted, A_t moves by lam^(T-1-t) * b."""
+    rewards, values = torch.randn(2, 2, 6, generator=stream(1, "gae"))
+    mask = torch.arange(6) < torch.tensor([[6], [4]])
+    b = torch.tensor([0.7, -1.3])
+    last = mask.sum(1, keepdim=True) - 1
+    lowered = rewards.scatter_add(1, last, -b[:, None])
+    raw, _ = ppo.gae(rewards, values, mask, 1.0, 0.95)
+    informed, _ = ppo.gae(lowered, values - b[:, None], mask, 1.0, 0.95)
+    assert torch.allclose(raw, informed, atol=1e-5)
+    uninformed, _ = ppo.gae(lowered, values, mask, 1.0, 0.95)
+    expected = raw - b[:, None] * 0.95 ** (last - torch.arange(6)).clamp(min=0)
+    assert torch.allclose(uninformed[mask], expected[mask], atol=1e-5)
+
+
+def test_whitening_against_reference(reference):
+    inputs, outputs = reference("masked_whiten_shift_mean_True")
+    ours = ppo.whiten(inputs["values"], inputs["mask"])
+    assert torch.allclose(ours[inputs["mask"]], outputs["whitened"][inputs["mask"]], atol=1e-6)
+    assert (ours[~inputs["mask"]] == 0).all()
+
+
+def test_whitening_one_value_is_zero_and_not_nan():
+    assert ppo.whiten(torch.tensor([[3.0, 9.0]]), torch.tensor([[True, False]])).tolist() == [[0.0, 0.0]]
+
+
+def test_reward_rules_apply_penalty_then_clip():
+    rewards, ended = torch.tensor([[2.0, -0.5], [9.0, 0.0]]), torch.tensor([[True, False], [False, True]])
+    assert ppo.reward_rules(rewards, ended, 1.0, 3.0).tolist() == [[2.0, -1.5], [3.0, 0.0]]
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+
+def test_clipped_losses_against_reference(reference):
+    inputs, outputs = reference("ppo_clipped_losses")
+    mask, value_mask = inputs["action_mask"], inputs["value_mask"]
+    log_probs, values = inputs["new_logprobs"].requires_grad_(), inputs["vpred"].requires_grad_()
+    pg, clipped = ppo.policy_loss(log_probs, inputs["old_logprobs"], inputs["advantages"], mask, inputs["cliprange"])
+    v = ppo.value_loss(values, inputs["old_values"], inputs["returns"], value_mask, inputs["cliprange_value"])
+    assert (pg / mask.sum()).item() == pytest.approx(outputs["pg_loss"], abs=1e-7)
+    assert (v / value_mask.sum()).item() == pytest.approx(outputs["vf_loss"], abs=1e-7)
+    assert (clipped / mask.sum()).item() == pytest.approx(outputs["pg_clipfrac"], abs=1e-6)
+    (pg / mask.sum() + inputs["vf_coef"] * v / value_mask.sum()).backward()
+    assert torch.allclose(log_probs.grad, outputs["grad_new_logprobs"], atol=1e-7)
+    assert torch.allclose(values.grad, outputs["grad_vpred"], atol=1e-7)
+
+
+def test_policy_gradient_is_the_gradient_of_the_expected_reward():
+    """At ratio 1 the surrogate's gradient, averaged exactly over actions, is that of E[A]: by finite differences."""
+    advantages = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    logits = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64, requires_grad=True)
+    probs = logits.softmax(0).detach()
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    for action in range(3):
+        log_prob = logits.log_softmax(0)[action].view(1, 1)
+        loss, _ = ppo.policy_loss(log_prob, log_prob.detach(), advantages[action].view(1, 1), mask)
+        (probs[action] * loss).backward()
+    for i in range(3):
+        step = torch.zeros(3, dtype=torch.float64)
+        step[i] = 1e-5
+        with torch.no_grad():
+            slope = (((logits + step).softmax(0) - (logits - step).softmax(0)) @ advantages) / 2e-5
+        assert -logits.grad[i].item() == pytest.approx(slope.item(), abs=1e-8)
+
+
+def test_explained_variance_of_a_perfect_and_a_constant_critic():
+    returns, mask = torch.tensor([[1.0, 2.0, 4.0, 99.0]]), torch.tensor([[True, True, True, False]])
+    assert ppo.explained_variance(returns, returns, mask) == pytest.approx(1.0)
+    assert ppo.explained_variance(torch.full((1, 4), 3.0), returns, mask) == pytest.approx(0.0, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ rollout and loop
+
+PROMPTS = ["the plot was dull .", "i loved the music . i hated the cast .", "i liked the camera .", "the story was bland ."] * 4
+SMALL = replace(PPOConfig(), batch_size=16, minibatches=4, epochs=2, iterations=3)
+
+
+def one_rollout(tokenizer, policy, critic, config=SMALL):
+    return ppo.collect_rollout(policy, frozen_copy(random_model(tokenizer, 1)), critic, tokenizer, PROMPTS, config, 12,
+                               stream(0, "rollout"))
+
+
+@pytest.mark.parametrize("micro", [0, 3])
+def test_first_minibatch_has_ratio_one_and_no_clipping(tokenizer, policy, micro):
+    config = replace(SMALL, epochs=1, minibatches=1, micro_batch_size=micro, temperature=0.8)
+    critic = torch.nn.Linear(32, 1)
+    rollout = one_rollout(tokenizer, policy, critic, config)
+    advantages = torch.randn(rollout.log_probs.shape, generator=stream(0, "adv"))
+    rows = torch.arange(16)
+    _, stats = ppo.minibatch_loss(policy, critic, rollout, advantages, advantages, rows, config)
+    n_tokens = rollout.batch.response_mask.sum()
+    assert stats[2] == 0 and stats[3] / n_tokens < 1e-8          # nothing clipped, KL(old || new) = 0
+    assert (stats[0] / n_tokens).item() == pytest.approx(-masked_mean(advantages, rollout.batch.response_mask).item(), abs=1e-4)
+
+
+def test_minibatches_are_honoured(tokenizer, policy, monkeypatch):
+    rollout = one_rollout(tokenizer, policy, None)
+    sizes, real = [], ppo.minibatch_loss
+    monkeypatch.setattr(ppo, "minibatch_loss", lambda *args: (sizes.append(len(args[5])), real(*args))[1])
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    ppo.update(policy, None, [optimizer], rollout, rollout.values, rollout.values, SMALL, [0.0], stream(0, "mb"))
+    assert sizes == [4] * 8
+
+
+def test_micro_batches_add_up_to_the_whole_minibatch(tokenizer, policy):
+    """Token means are taken over the whole minibatch, so pieces of unequal length must not be averaged."""
+    rollout = one_rollout(tokenizer, policy, None)
+    advantages = torch.randn(rollout.log_probs.shape, generator=stream(0, "adv"))
+    grads = []
+    for micro in (0, 1, 5):
+        model = frozen_copy(policy).requires_grad_(True)
+        config = replace(SMALL, epochs=1, minibatches=1, micro_batch_size=micro, max_grad_norm=1e9)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        before = model.lm_head.weight.detach().clone()
+        ppo.update(model, None, [optimizer], rollout, advantages, advantages, config, [1.0], stream(0, "mb"))
+        grads.append(before - model.lm_head.weight.detach())
+    assert grads[0].abs().max() > 1e-3
+    for grad in grads[1:]:
+        assert torch.allclose(grad, grads[0], atol=1e-5)
+
+
+def test_dropout_stays_off(tokenizer, policy):
+    assert not policy.training and not any(module.training for module in policy.modules())
+
+
+@pytest.mark.parametrize("critic_kind", ["shared", "none"])
+def test_ppo_learns_to_stop(tokenizer, critic_kind, tmp_path):
+    """A reward for short responses makes PPO emit EOS sooner: the EOS is inside the mask and is learned."""
+    from crlhf.policy import tiny_model
+    model = tiny_model(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, 96, 1, 32, 2, 0)
+    critic = torch.nn.Linear(32, 1) if critic_kind == "shared" else None
+    reward = lambda prompts, responses: torch.tensor([-float(len(response.split())) for response in responses])
+    config = replace(SMALL, iterations=15, lr=1e-2, kl_coef=0.0, batch_size=16, epochs=2, minibatches=2)
+    rows = ppo.train_ppo(model, frozen_copy(model), critic, tokenizer, reward, PROMPTS * 4, config, 16, 0, tmp_path)
+    assert rows[0]["response_length"] > 10 and rows[-1]["response_length"] < 4
+    assert rows[-1]["ended"] > 0.9 and rows[0]["ended"] < 0.6
+    assert rows[0]["first_approx_kl"] < 1e-6
+
+
+def test_every_metric_of_an_iteration_is_logged(tokenizer, policy, tmp_path):
+    from crlhf.config import ContrastiveConfig
+    from crlhf.contrastive import ContrastiveReward
+    from crlhf.reviews import gold_reward
+    contrastive = ContrastiveReward({prompt: torch.tensor([0.1, 0.4]) for prompt in PROMPTS}, ContrastiveConfig(), True)
+    rows = ppo.train_ppo(policy, frozen_copy(policy), torch.nn.Linear(32, 1), tokenizer, gold_reward, PROMPTS,
+                         replace(SMALL, iterations=1), 8, 0, tmp_path, contrastive=contrastive, gold=gold_reward)
+    wanted = {"reward", "contrastive_reward", "reward_variance", "contrastive_variance", "gold", "kl", "kl_k3", "entropy",
+              "explained_variance", "clip_fraction", "approx_kl", "grad_norm", "critic_grad_norm", "scale", "coefficient",
+              "response_length", "ended", "seconds_rollout", "seconds_scoring", "seconds_update", "samples_per_second"}
+    assert wanted <= set(rows[0]) and all(value == value for value in rows[0].values())
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1

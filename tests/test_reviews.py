@@ -1,0 +1,87 @@
+"""The embedded world: gold scores by hand, writers, raters and their faults."""
+
+import random
+import statistics
+
+import pytest
+import torch
+
+from crlhf import reviews as R
+
+
+@pytest.mark.parametrize("prompt, response, gold", [
+    ("the plot was dull .", "i loved the music .", 0.5 * (-0.5 + 1.0)),
+    ("the plot was dull .", "i loved the plot .", 0.5 * -0.5 - 0.5),                       # repeat: not counted, and a fault
+    ("the plot was dull .", "the music was good and i hated the cast .", 0.5 * (-0.5 + 0.5 - 1.0)),
+    ("the plot was dull .", "the music good .", 0.5 * -0.5 - 0.5),                         # malformed
+    ("the plot was dull .", "the music was good", 0.5 * -0.5 - 0.5),                       # unfinished
+    ("the plot was dull .", "", 0.5 * -0.5 - 1.0),                                         # empty
+    ("the plot was dull .", "i loved the cast . " * 6, 0.5 * (-0.5 + 1.0) - 0.5 * (5 + 1)),  # repeats and never ends
+])
+def test_gold_by_hand(prompt, response, gold):
+    assert R.gold(prompt, response) == pytest.approx(gold)
+    assert R.gold_reward([prompt] * 2, [response] * 2).tolist() == pytest.approx([gold] * 2)
+
+
+def test_best_reachable_gold_falls_exactly_with_difficulty():
+    best = "i loved the camera . i loved the story . i loved the humor . i loved the pacing ."
+    hard, easy = "i hated the plot . i hated the cast .", "i loved the plot . i loved the cast ."
+    drop = R.gold(easy, best) - R.gold(hard, best)
+    assert drop == pytest.approx(2 * R.MOST_OPENING * (R.difficulty(hard) - R.difficulty(easy)))
+    assert R.difficulty("the plot was awful . the cast was awful . i hated the music .") == 1.0
+    assert (R.difficulty_name(R.difficulty(easy)), R.difficulty_name(R.difficulty(hard))) == ("easy", "hard")
+
+
+def test_openings_are_well_formed_unique_and_varied():
+    prompts = R.make_prompts(400, "t")
+    assert len(set(prompts)) == 400 and not set(prompts) & set(R.make_prompts(50, "u", avoid=prompts))
+    for prompt in prompts:
+        review = R.read(prompt)
+        assert 1 <= len(review.tones) <= 3 and not (review.repeats or review.malformed or review.unfinished)
+        assert set(prompt.split()) <= set(R.WORDS)
+    assert statistics.stdev(map(R.difficulty, prompts)) > 0.15
+
+
+def test_writers_follow_the_mood_and_are_not_perfect():
+    rows = R.make_demonstrations(1500, 0)
+    assert rows == R.make_demonstrations(1500, 0)
+    golds = [R.gold(row["prompt"], row["completion"]) for row in rows]
+    openings = [R.gold(row["prompt"], "the end .") + 0.5 for row in rows]
+    added = [g - o for g, o in zip(golds, openings)]
+    assert statistics.correlation(openings, added) > 0.2
+    faults = [R.read(row["prompt"] + " " + row["completion"]) for row in rows]
+    share = lambda name: sum(bool(getattr(review, name)) for review in faults) / len(rows)
+    assert 0.03 < share("malformed") < 0.15 and 0.02 < share("unfinished") < 0.1 and 0.05 < share("repeats") < 0.3
+    assert all(row["completion"] and len(row["completion"].split()) < R.MAX_RESPONSE for row in rows)
+
+
+@pytest.mark.parametrize("flips", ["uniform", "difficulty"])
+def test_label_flips_come_at_the_asked_rate_and_place(flips):
+    prompts = R.make_prompts(3000, "p")
+    rng = random.Random(0)
+    sides = [[R.write_continuation(rng, prompt, 0) for prompt in prompts] for _ in range(2)]
+    rows = R.make_preferences(prompts, *sides, 0, 0.2, flips)
+    for row in rows:
+        assert (row["gold_chosen"] < row["gold_rejected"]) == row["flipped"]
+    rate = lambda rows: sum(row["flipped"] for row in rows) / len(rows)
+    easy = [row for row in rows if R.difficulty(row["prompt"]) < 0.4]
+    hard = [row for row in rows if R.difficulty(row["prompt"]) > 0.6]
+    assert rate(rows) == pytest.approx(0.2, abs=0.03)
+    if flips == "uniform":
+        assert rate(easy) == pytest.approx(rate(hard), abs=0.06)
+    else:
+        assert rate(hard) > rate(easy) + 0.08
+    assert not any(row["flipped"] for row in R.make_preferences(prompts, *sides, 0, 0.0))
+
+
+def test_rater_bias_is_one_constant_a_prompt_and_score_noise_one_a_response():
+    zero = lambda xs, ys: torch.zeros(len(xs))
+    prompts, n = R.make_prompts(2000, "b"), 2000
+    biased = R.NoisyReward(zero, prompt_bias=2.0, seed=3)
+    a, b = biased(prompts, ["x"] * n), biased(prompts, ["y"] * n)
+    assert torch.equal(a, b) and a.std().item() == pytest.approx(2.0, rel=0.06) and abs(a.mean().item()) < 0.2
+    noisy = R.NoisyReward(zero, score_noise=0.5, seed=3)
+    c, d = noisy(prompts, ["x"] * n), noisy(prompts, ["y"] * n)
+    assert c.std().item() == pytest.approx(0.5, rel=0.06) and abs(torch.corrcoef(torch.stack([c, d]))[0, 1]) < 0.08
+    assert torch.equal(c, noisy(prompts, ["x"] * n))  # the same text meets the same error
+    assert not torch.equal(a, R.NoisyReward(zero, prompt_bias=2.0, seed=4)(prompts, ["x"] * n))

@@ -1,0 +1,73 @@
+"""SFT and DPO: losses against closed forms and reference values, and that training moves what it should."""
+
+import math
+
+import pytest
+import torch
+
+from crlhf import reviews
+from crlhf.config import DPOConfig, SFTConfig
+from crlhf.dpo import dpo_loss, sequence_log_probs, train_dpo
+from crlhf.policy import frozen_copy, generate, make_batch, response_log_probs, tiny_model
+from crlhf.runs import stream
+from crlhf.sft import sft_loss, train_sft
+from crlhf.training import learning_rate, rows_of_step, steps_in
+
+PROMPTS, RESPONSES = ["the plot was dull .", "i loved the music ."], ["the cast was weak .", "."]
+
+
+def fresh(tokenizer):
+    return tiny_model(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, 96, 1, 32, 2, 0)
+
+
+def test_sft_loss_is_the_token_mean_over_responses_only(policy, tokenizer):
+    batch = make_batch(tokenizer, PROMPTS, RESPONSES, 24)
+    log_probs = response_log_probs(policy, batch)
+    by_hand = -(log_probs[0, :6].sum() + log_probs[1, :2].sum()) / 8  # 5 + EOS and 1 + EOS tokens
+    assert sft_loss(policy, batch).item() == pytest.approx(by_hand.item(), abs=1e-5)
+
+
+def test_sft_learns_the_writers_language_and_their_length(tokenizer, tmp_path):
+    rows = reviews.make_demonstrations(1500, 0)
+    model = fresh(tokenizer)
+    metrics = train_sft(model, tokenizer, rows, SFTConfig(epochs=3, lr=5e-3), 24, 0, tmp_path)
+    assert metrics[0]["loss"] == pytest.approx(math.log(len(tokenizer)), abs=0.2)
+    assert metrics[-1]["loss"] < 1.7
+    prompts = [row["prompt"] for row in rows[:200]]
+    texts, ended, _ = generate(model, tokenizer, prompts, 24, generator=stream(0, "x"))
+    lengths = [sum(len(text.split()) for text in some) / 200 for some in (texts, [r["completion"] for r in rows[:200]])]
+    assert ended.float().mean() > 0.8 and lengths[0] == pytest.approx(lengths[1], rel=0.25)  # EOS was learned
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_dpo_loss_and_gradient_against_reference(reference, beta):
+    inputs, outputs = reference(f"dpo_sigmoid_beta_{beta}")
+    chosen, rejected = inputs["chosen_logps"].requires_grad_(), inputs["rejected_logps"].requires_grad_()
+    loss, _ = dpo_loss(chosen, rejected, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"], beta)
+    loss.backward()
+    assert loss.item() == pytest.approx(outputs["loss"], abs=1e-9)
+    assert torch.allclose(chosen.grad, outputs["grad_chosen"], atol=1e-9)
+    assert torch.allclose(rejected.grad, outputs["grad_rejected"], atol=1e-9)
+
+
+def test_dpo_moves_probability_from_rejected_to_chosen(tokenizer, tmp_path):
+    rows = [{"prompt": p, "chosen": "i loved the cast .", "rejected": "i hated the cast ."} for p in PROMPTS * 20]
+    model = fresh(tokenizer)
+    ref = frozen_copy(model)
+    metrics = train_dpo(model, ref, tokenizer, rows, DPOConfig(epochs=5, batch_size=8, lr=1e-3), 24, 0, tmp_path)
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and metrics[-1]["accuracy"] == 1.0
+    ratio = lambda text: (sequence_log_probs(model, batch := make_batch(tokenizer, PROMPTS[:1], [text], 24))
+                          - sequence_log_probs(ref, batch)).item()
+    assert ratio("i loved the cast .") > 0.5 + ratio("i hated the cast .")
+
+
+def test_every_epoch_visits_every_row_once():
+    seen = [row for step in range(4) for row in rows_of_step(10, 3, step, 0, "x")]
+    assert len(set(seen[:9])) == 9 and steps_in(10, 3, 2) == 6 and len(rows_of_step(2, 8, 5, 0, "x")) == 2
+    assert rows_of_step(10, 3, 0, 0, "x") != rows_of_step(10, 3, 3, 0, "x")  # a new order each epoch
+
+
+def test_learning_rate_rises_then_falls_linearly():
+    rates = [learning_rate(step, 10, 1.0, 0.2) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates[-1] == pytest.approx(1 / 8)
+    assert [learning_rate(step, 4, 2.0) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]
