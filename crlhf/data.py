@@ -278,7 +278,7 @@ def parse_row(row, number, name, kind, columns, preferred, prompt_words, tokeniz
     except KeyError as error:
         raise UserError(f"{name}, row {number}: the column {error} is missing") from None
     except (TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{name}, row {number}: a value has an unexpected type ({error})") from None
+        raise UserError(f"{name}, row {number}: a value is neither a text nor a list of messages ({error})") from None
     except TemplateError:
         raise Unusable("that the tokenizer's chat template refuses") from None
     for value in example.values():
