@@ -92,7 +92,7 @@ class Pipeline:
         for path in (out, *out.parents):
             if path.exists() and not path.is_dir():
                 raise UserError(f"--out {out}: {path} is a file: choose a folder")
-        if out.is_dir() and any(out.iterdir()) and not is_run(out):
+        if out.is_dir() and not is_run(out) and {path.name for path in out.iterdir()} - {"config.json.tmp"}:
             raise UserError(f"--out {out} holds other things than a crlhf run: choose an empty or new folder")
         wanted = self.fingerprints()
         if stage_print(self.run.path("data")) == wanted["data"]:
@@ -137,6 +137,16 @@ class Pipeline:
         for name, stage in stages.items():
             if name in wanted:
                 self.run.stage(name, stage.settings, stage.needs, lambda folder: stage.build(self, folder))
+        if "evaluation" in wanted:
+            self.show_results()
+
+    def show_results(self):
+        """The table and the samples, also when the evaluation was done before."""
+        summary = json.loads((self.run.path("evaluation") / "summary.json").read_text(encoding="utf-8"))
+        results = {method: self.rows("evaluation", method) for method in summary["methods"]}
+        self.say(f"\n{summary['table']}")
+        self.say(samples_text(results, summary["judge"], self.config.eval.samples) + "\n")
+        self.say(f"see {self.run.folder / 'report.md'} and the figures beside it")
 
     # -------------------------------------------------------------------------------------- what stages share
 
@@ -400,7 +410,4 @@ def build_evaluation(pipe, folder):
     write_json(folder / "summary.json", summary)
     metrics = {m: pipe.rows(m, "metrics") for m in c.method_list() if m != "dpo"}
     write_report(pipe.run.folder, c, summary, results, metrics, pipe.world)
-    pipe.say("")
-    pipe.say(summary["table"])
-    pipe.say(samples_text(results, deciding, c.eval.samples))
-    return f"{pipe.run.folder / 'report.md'} and the figures beside it"
+    return f"{len(results)} policies on {len(pipe.prompts('eval'))} held-out prompts"

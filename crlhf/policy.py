@@ -37,8 +37,8 @@ def load_tokenizer(name):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the libraries raise many kinds, down to a bare Exception for a bad tokenizer.json
-        raise UserError(f"no tokenizer can be loaded from '{name}': {first_line(error)}; the folder needs "
-                        "tokenizer.json and tokenizer_config.json") from None
+        raise UserError(f"no tokenizer can be loaded from '{name}': {first_line(error)}; check its "
+                        "tokenizer.json, tokenizer_config.json and config.json") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of '{name}' has no EOS token, so no response could ever end: set eos_token in "
                         "its tokenizer_config.json")

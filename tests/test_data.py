@@ -164,7 +164,8 @@ def test_plain_text_is_split_after_its_first_words(tokenizer):
 def test_missing_columns_are_named():
     for columns, wanted in (("prompt chosen", "'rejected'"), ("rejected", "'chosen'"), ("completion", "'prompt'"),
                             ("prompt", "'completion' or 'chosen' and 'rejected'"), ("a b", "'chosen' and 'rejected'")):
-        with pytest.raises(UserError, match=f"missing the column {wanted}: it has {', '.join(sorted(columns.split()))}"):
+        there = ", ".join(sorted(columns.split()))
+        with pytest.raises(UserError, match=f"missing the column {wanted}: it has {there}"):
             kind_of(set(columns.split()), "better_response_id", "rows")
 
 
