@@ -12,7 +12,7 @@ demonstrations and {prompt, chosen, rejected} for preferences. Formats are told 
 
 Rows that can't be used are dropped for a stated reason and counted; nothing is dropped in silence.
 
-A hub dataset or local folder with several subsets takes one after a colon: openai/summarize_from_feedback:comparisons.
+A hub dataset with several subsets takes one after a colon: openai/summarize_from_feedback:comparisons.
 """
 
 import collections
@@ -119,6 +119,8 @@ def read_with_datasets(name, path, split):
         elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             rows = datasets.load_from_disk(name)
             if isinstance(rows, datasets.DatasetDict):
+                if split not in rows:
+                    raise ValueError(f"its splits are {', '.join(rows)}")
                 rows = rows[split]
         else:
             dataset, _, subset = (name, "", "") if path.exists() else name.partition(":")
@@ -126,8 +128,6 @@ def read_with_datasets(name, path, split):
         return rows.to_list()
     except Exception as error:  # the library raises many kinds: no such name, split or column, no network, bad file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
-        if isinstance(error, KeyError):
-            reason = f"there is no split {reason}"
         raise UserError(f"dataset '{name}' (split '{split}') can't be loaded: {reason}; check the name "
                         "and --split") from None
 
@@ -213,6 +213,8 @@ def better_index(value, column):
 def parse_demonstration(row, columns, prompt_words, tokenizer):
     """A row without preferences -> (prompt, completion)."""
     if "completion" in columns:
+        if row.get("label") is False:  # trl-lib/kto-mix: a thumbs-down
+            raise Unusable("whose label is false")
         return prompt_and_response(row["prompt"] or "", row["completion"] or "", tokenizer)
     if "messages" in columns:
         return split_dialogue(row["messages"] or [], tokenizer)

@@ -156,6 +156,13 @@ def test_demonstrations(tokenizer):
     assert parse({"messages": [user("Tea?"), assistant("Yes.")], "id": 3}, tokenizer) == expected
 
 
+def test_a_thumbs_down_is_no_demonstration(tokenizer):
+    row = {"prompt": "The sky", "completion": " is blue.", "label": True}
+    assert parse(row, tokenizer) == ("The sky", " is blue.")
+    with pytest.raises(Unusable, match="label is false"):
+        parse({**row, "label": False}, tokenizer)
+
+
 def test_plain_text_is_split_after_its_first_words(tokenizer):
     row = {"text": "I saw this  film\ntwice and slept.", "label": 0}
     assert parse(row, tokenizer) == ("I saw this", "  film\ntwice and slept.")
@@ -215,7 +222,7 @@ def test_folder_of_parquet_files_by_split(tmp_path):
 
 def test_saved_folder_without_the_split(tmp_path):
     WRITERS["splits"](tmp_path / "splits", pairs(2))
-    with pytest.raises(UserError, match="no split 'test'"):
+    with pytest.raises(UserError, match="split 'test'.*its splits are train"):
         read_rows(str(tmp_path / "splits"), split="test")
 
 
