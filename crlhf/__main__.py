@@ -69,7 +69,7 @@ def disk_trouble(error):
     if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
                       errno.ENAMETOOLONG):
         return None
-    where = getattr(error, "filename", None) or "to the disk"
+    where = getattr(error, "filename", None) or "into the --out folder"
     return f"can't write {where}: {os.strerror(number)}; mend that, or choose another --out, and run the command again"
 
 

@@ -108,6 +108,12 @@ def test_long_conversations_keep_every_earlier_turn(tokenizer):
     assert parse(row, tokenizer) == (prompt, " Yes.", " No.")
 
 
+def test_text_prompt_beside_a_conversation_with_a_system_message(tokenizer):
+    before = [{"role": "system", "content": "Be kind."}, user("Tea?")]
+    row = {"prompt": "Tea?", "chosen": [*before, assistant("Yes.")], "rejected": [*before, assistant("No.")]}
+    assert parse(row, tokenizer) == ("\n\nSystem: Be kind.\n\nHuman: Tea?\n\nAssistant:", " Yes.", " No.")
+
+
 def test_prompt_chosen_rejected_as_text_is_taken_as_it_is(tokenizer):
     row = {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
     assert parse(row, tokenizer) == ("The sky is", " blue.", " green.")

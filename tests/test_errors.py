@@ -366,7 +366,7 @@ def full_disk_of_safetensors(*_, **__):  # its message on a full disk, word for 
 def test_full_disk(monkeypatch, out, capsys):
     with monkeypatch.context() as patch:
         patch.setattr("crlhf.runs.os.fsync", full_disk)
-        assert "can't write to the disk: No space left on device" in run_again(out, capsys)
+        assert "can't write into the --out folder: No space left on device" in run_again(out, capsys)
         assert not (out / "data").exists()
     succeeds(out)
     for place, error in (("crlhf.pipeline.save", full_disk), ("crlhf.pipeline.save", full_disk_of_safetensors),
@@ -375,7 +375,7 @@ def test_full_disk(monkeypatch, out, capsys):
             patch.setattr(place, error)
             code = main(["sft", *TINY, "--out", str(out), "--checkpoint-seconds", "0"])
             check_failure(code, stderr := capsys.readouterr().err)
-            assert "can't write to the disk: No space left on device" in stderr
+            assert "can't write into the --out folder: No space left on device" in stderr
             assert not (out / "sft").exists()
     succeeds(out, stage="sft")
 
