@@ -29,7 +29,9 @@ def build_parser():
     parser = Parser(prog="python -m crlhf", allow_abbrev=False,
                     description="RLHF with contrastive rewards: SFT, reward model, offline baselines, PPO, comparison. "
                                 "Without a STAGE everything is run; with one, that stage and what it needs. Finished "
-                                "stages are reused, and a run that was stopped goes on where it was.")
+                                "stages are reused, and a run that was stopped goes on where it was. Besides the "
+                                "stages: 'experiment NAME' repeats a question over many seeds, 'memory' says what "
+                                "some models need on a GPU.")
     parser.add_argument("stage", nargs="?", default="all", choices=STAGES, metavar="STAGE",
                         help="one of " + ", ".join(STAGES))
     parser.add_argument("--redo", action="store_true", help="redo the stages whose settings have changed")
@@ -73,13 +75,29 @@ def disk_trouble(error):
     return f"can't write {where}: {os.strerror(number)}; mend that, or choose another --out, and run the command again"
 
 
+def run(arguments):
+    """Do what the command line asks for. Torch takes seconds to import, so that comes after parsing."""
+    if arguments[:1] == ["experiment"]:
+        names = arguments[1:]
+        if len(names) != 1:
+            raise UserError("experiment takes one name, or all: python -m crlhf experiment compare")
+        from .experiments import main as run_experiment
+
+        return run_experiment(names[0])
+    if arguments[:1] == ["memory"]:
+        from .memory import main as show_memory
+
+        return show_memory()
+    stage, redo, config = parse(arguments)
+    from .pipeline import Pipeline
+
+    return Pipeline(config).run_to(stage, redo)
+
+
 def main(arguments=None):
     """Run the command line and return its exit code: 0 done, 2 the user's mistake, 130 stopped by Ctrl-C."""
     try:
-        stage, redo, config = parse(sys.argv[1:] if arguments is None else arguments)
-        from .pipeline import Pipeline  # after parsing: torch takes seconds to import
-
-        Pipeline(config).run_to(stage, redo)
+        run(sys.argv[1:] if arguments is None else arguments)
         return 0
     except UserError as error:
         message = str(error)

@@ -12,18 +12,21 @@ from pathlib import Path
 
 import torch
 
-from .config import UserError
 from .policy import generate
 from .runs import progress, read_jsonl, stream, write_jsonl
 
 
-def sample_baselines(policy, tokenizer, reward, prompts, config, max_response_tokens, seed):
-    """k scored responses for each of N prompts, as rows {prompt, responses, ended, rewards}, in order."""
+def sample_baselines(policy, tokenizer, reward, prompts, config, max_response_tokens, seed, partial=None):
+    """k scored responses for each of N prompts, as rows {prompt, responses, ended, rewards}, in order.
+
+    partial: a file that receives the rows of every finished batch. If it exists, sampling goes on after the
+    last whole batch in it. Each batch draws from a stream of its own, so the result is the same.
+    """
     device = next(policy.parameters()).device
     group = max(1, config.batch_size // config.k)  # prompts a batch
-    rows = []
-    with progress(len(prompts), "baselines") as bar:
-        for first in range(0, len(prompts), group):
+    rows = whole_batches(partial, group) if partial else []
+    with progress(len(prompts), "baselines", len(rows)) as bar:
+        for first in range(len(rows), len(prompts), group):
             some = prompts[first:first + group]
             repeated = [prompt for prompt in some for _ in range(config.k)]
             texts, ended, _ = generate(policy, tokenizer, repeated, max_response_tokens, config.temperature, config.top_p,
@@ -33,8 +36,16 @@ def sample_baselines(policy, tokenizer, reward, prompts, config, max_response_to
                 mine = slice(i * config.k, (i + 1) * config.k)
                 rows.append({"prompt": prompt, "responses": texts[mine], "ended": ended[mine].tolist(),
                              "rewards": rewards[mine]})
+            if partial:
+                write_jsonl(partial, rows)
             bar.update(len(some))
     return rows
+
+
+def whole_batches(partial, group):
+    """Rows of an interrupted sampling, up to the last whole batch of `group` prompts."""
+    rows = read_jsonl(partial) if Path(partial).exists() else []
+    return rows[:len(rows) // group * group]
 
 
 def save_baselines(folder, rows):
@@ -48,11 +59,3 @@ def load_baselines(folder):
 def baseline_rewards(rows):
     """Rows -> ((N, k) rewards, (N, k) bool whether each response ended)."""
     return torch.tensor([row["rewards"] for row in rows]), torch.tensor([row["ended"] for row in rows])
-
-
-def require_baselines(rows, prompts):
-    """Every prompt needs its baselines; say which one has none."""
-    known = {row["prompt"] for row in rows}
-    missing = [prompt for prompt in prompts if prompt not in known]
-    if missing:
-        raise UserError(f"{len(missing)} prompts have no baselines, the first is {missing[0][:60]!r}: sample them again")

@@ -22,7 +22,7 @@ from .dpo import train_dpo
 from .evaluate import evaluate_policy
 from .policy import (context_length, encode_prompt, frozen_copy, generate, load_model, load_tokenizer,
                      read_model_config, save, scalar_model, tiny_model)
-from .ppo import reward_rules, train_ppo
+from .ppo import prompt_order, reward_rules, train_ppo
 from .report import samples_text, summarise, write_report
 from .reward import (ModelReward, checked, load_function_reward, load_model_reward, preference_accuracy,
                      train_reward_model, variance_parts)
@@ -67,7 +67,9 @@ class Pipeline:
         if trains_reward or "dpo" in c.method_list():
             stages["preferences"] = Stage(build_preferences, {**seed, **rater}, ("sft",))
         stages["reward"] = Stage(build_reward, {**seed, **asdict(c.reward)}, reward_needs)
-        stages["baselines"] = Stage(build_baselines, {**seed, **noise, **asdict(c.baselines)}, ("sft", "reward"))
+        visits = c.ppo.iterations * c.ppo.batch_size  # prompts PPO never meets need no baselines
+        stages["baselines"] = Stage(build_baselines, {**seed, **noise, **asdict(c.baselines), "visits": visits},
+                                    ("sft", "reward"))
         for method in c.method_list():
             if method == "dpo":
                 stages[method] = Stage(build_dpo, {**seed, **asdict(c.dpo)}, ("sft", "preferences"))
@@ -335,9 +337,12 @@ def build_reward(pipe, folder):
 
 def build_baselines(pipe, folder):
     c = pipe.config
-    rows = sample_baselines(pipe.model("sft"), pipe.tokenizer(), pipe.noisy_reward(), pipe.prompts("train"), c.baselines,
-                            c.data.max_response_tokens, c.run.seed)
+    prompts, partial = pipe.prompts("train"), folder / "partial.jsonl"
+    met = prompt_order(len(prompts), c.ppo.batch_size, c.ppo.iterations, c.run.seed)
+    rows = sample_baselines(pipe.model("sft"), pipe.tokenizer(), pipe.noisy_reward(), [prompts[i] for i in met],
+                            c.baselines, c.data.max_response_tokens, c.run.seed, partial)
     save_baselines(folder, rows)
+    partial.unlink(missing_ok=True)
     rewards, has_ended = baseline_rewards(rows)
     report = {"mean": rewards.mean().item(), "ended": has_ended.float().mean().item(), "k": c.baselines.k}
     shares = ""

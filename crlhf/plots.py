@@ -97,3 +97,29 @@ def gold_by_difficulty(results, path):
     axis.set(title="True reward by difficulty of the prompt", ylabel="gold score")
     axis.legend(fontsize=8, ncols=2)
     return finish(figure, path)
+
+
+def compare(curves, finals, path):
+    """Gold score over iterations with and without rater bias: mean over seeds, and a 95% interval of the mean."""
+    from .evaluate import mean_interval
+
+    biases = sorted({row["prompt_bias"] for row in curves})
+    figure, axes = plt.subplots(1, len(biases), figsize=(10, 4.2), sharey=True)
+    for axis, bias in zip(np.atleast_1d(axes), biases):
+        for method in ("ppo", "contrastive", "adaptive"):
+            label, colour, style = STYLES[method]
+            seeds = [[row["gold"] for row in curves if (row["prompt_bias"], row["method"], row["seed"]) == (bias, method, s)]
+                     for s in sorted({row["seed"] for row in curves})]
+            smoothed = np.array([smooth(seed) for seed in seeds])
+            means, halves = np.array([mean_interval(column) for column in smoothed.T]).T
+            axis.plot(means, color=colour, linestyle=style, label=label, linewidth=1.8)
+            axis.fill_between(np.arange(len(means)), means - halves, means + halves, color=colour, alpha=0.15, linewidth=0)
+        pick = lambda method: np.array([row["gold"] for row in finals if (row["prompt_bias"], row["method"]) == (bias, method)])
+        gap, half = mean_interval(pick("contrastive") - pick("ppo"))
+        axis.axhline(pick("sft").mean(), color=STYLES["sft"][1], linestyle=":", label="SFT")
+        axis.set(title=f"rater bias per prompt: sd {bias:g}\ncontrastive ends {gap:+.2f} ± {half:.2f} from plain",
+                 xlabel="PPO iteration")
+        axis.grid(alpha=0.25)
+    np.atleast_1d(axes)[0].set_ylabel("true (gold) reward")
+    np.atleast_1d(axes)[-1].legend(loc="lower right")
+    finish(figure, path)

@@ -225,7 +225,7 @@ def train_ppo(policy, ref_policy, critic, tokenizer, reward, prompts, config, ma
     lam = config.lam if critic is not None else 1.0  # without a critic: plain returns (REINFORCE)
     for i in checkpoint.steps(config.iterations, name):
         clock = [time.perf_counter()]
-        rows = rows_of_step(len(prompts), config.batch_size, i, seed, "ppo prompts")
+        rows = prompts_of_iteration(len(prompts), config.batch_size, i, seed)
         rollout = collect_rollout(policy, ref_policy, critic, tokenizer, [prompts[row] for row in rows], config,
                                   max_response_tokens, stream(seed, "ppo rollout", i, device=device))
         clock.append(time.perf_counter())
@@ -253,6 +253,17 @@ def train_ppo(policy, ref_policy, critic, tokenizer, reward, prompts, config, ma
             require_finite(row[loss], name, i, "--ppo-lr", config.lr)
         checkpoint.log(row, **{key: row[key] for key in ("gold", "reward", "kl") if key in row})
     return checkpoint.rows
+
+
+def prompts_of_iteration(n_prompts, batch_size, iteration, seed):
+    """Numbers of the prompts one iteration meets: every prompt once before any comes again."""
+    return rows_of_step(n_prompts, batch_size, iteration, seed, "ppo prompts")
+
+
+def prompt_order(n_prompts, batch_size, iterations, seed):
+    """All prompts a run meets, each once, in order of first meeting."""
+    met = (row for i in range(iterations) for row in prompts_of_iteration(n_prompts, batch_size, i, seed))
+    return list(dict.fromkeys(met))
 
 
 def rollout_metrics(rollout, raw, rewards, contrastive, gold):

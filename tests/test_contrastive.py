@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from crlhf import contrastive as C
-from crlhf.baselines import baseline_rewards, require_baselines, sample_baselines, save_baselines
+from crlhf.baselines import baseline_rewards, sample_baselines, save_baselines
 from crlhf.config import BaselineConfig, ContrastiveConfig, UserError
 from crlhf.runs import stream
 
@@ -149,3 +149,20 @@ def test_baselines_are_k_scored_responses_kept_with_their_prompt(policy, tokeniz
     save_baselines(tmp_path, rows)
     loaded = load_dataset("json", data_files=str(tmp_path / "baselines.jsonl"), split="train", cache_dir=str(tmp_path))
     assert loaded[1]["prompt"] == prompts[1] and loaded[1]["rewards"] == rows[1]["rewards"]
+
+
+def test_interrupted_sampling_goes_on_to_the_same_rows(policy, tokenizer, tmp_path):
+    prompts, calls = [f"the {word} was dull ." for word in ("plot", "music", "cast", "story", "ending")], []
+
+    def reward(xs, ys):
+        calls.append(len(xs))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return torch.tensor([float(len(y)) for y in ys])
+
+    arguments = prompts, BaselineConfig(k=2, batch_size=4), 10, 0
+    with pytest.raises(KeyboardInterrupt):
+        sample_baselines(policy, tokenizer, reward, *arguments, partial=tmp_path / "part.jsonl")
+    rows = sample_baselines(policy, tokenizer, reward, *arguments, partial=tmp_path / "part.jsonl")
+    assert calls == [4, 4, 2, 2]  # two whole batches were kept, the third was done again
+    assert rows == sample_baselines(policy, tokenizer, reward, *arguments)

@@ -1,0 +1,143 @@
+"""The whole loop on a very small world: what it writes, that PPO helps, reuse, and resuming after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from crlhf.__main__ import main
+
+SMALL = ("--demonstrations 1200 --pairs 150 --train-prompts 64 --eval-prompts 48 --model-width 32 --model-layers 1 "
+         "--sft-epochs 3 --sft-lr 5e-3 --reward-epochs 2 --ppo-iterations 12 --ppo-batch-size 32 --ppo-lr 4e-3 "
+         "--ppo-critic-lr 4e-3 --threads 1 --device cpu").split()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run in which PPO sees the gold score, with all four methods."""
+    out = tmp_path_factory.mktemp("run") / "gold"
+    arguments = [*SMALL, "--out", str(out), "--methods", "ppo,contrastive,adaptive,dpo", "--reward", "gold",
+                 "--ppo-critic", "zero_head", "--prompt-bias", "0"]
+    assert main(arguments) == 0
+    return out, arguments
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_ppo_raises_gold_from_sft(finished):
+    summary = json.loads((finished[0] / "evaluation" / "summary.json").read_text())["methods"]
+    sft = summary["sft"]["gold"][0]
+    for method in ("ppo", "contrastive", "adaptive"):
+        difference, half = summary[method]["against_sft"]["difference"]
+        assert difference > half, (method, summary[method])  # better beyond its 95% interval
+        assert summary[method]["kl"][0] > 0.1 and summary[method]["gold"][0] > sft
+
+
+def test_artefacts_are_what_the_ecosystem_loads(finished, tmp_path):
+    out, _ = finished
+    for stage in ("sft", "ppo", "contrastive", "adaptive", "dpo"):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(out / stage), AutoTokenizer.from_pretrained(out / stage)
+        assert model.config.vocab_size == len(tokenizer)
+    baselines = load_dataset("json", data_files=str(out / "baselines" / "baselines.jsonl"), split="train",
+                             cache_dir=str(tmp_path))
+    assert len(baselines) == 64 and all(len(rewards) == 4 for rewards in baselines["rewards"])
+    assert not list(out.rglob("*.bin")) and not list(out.rglob("*.tmp")) and not list(out.glob("*.part"))
+    assert not list(out.rglob("checkpoint.safetensors"))
+
+
+def test_the_report_holds_table_samples_and_figures(finished):
+    out, _ = finished
+    report = (out / "report.md").read_text()
+    for words in ("plain PPO", "contrastive PPO", "adaptive", "DPO", "win / tie / loss", "±", "```text\nprompt: "):
+        assert words in report
+    for name in ("learning", "variance", "difficulty"):
+        assert f"(figures/{name}.png)" in report and (out / "figures" / f"{name}.png").stat().st_size > 10_000
+
+
+def test_methods_start_from_the_same_rollout(finished):
+    """A paired comparison: the first iteration's responses, rewards and KL are the same numbers."""
+    first = [lines(finished[0] / method / "metrics.jsonl")[0] for method in ("ppo", "contrastive", "adaptive")]
+    for name in ("reward", "gold", "kl", "response_length"):
+        assert len({row[name] for row in first}) == 1
+    assert len(lines(finished[0] / "ppo" / "metrics.jsonl")) == 12
+
+
+def test_finished_stages_are_reused_and_changes_are_named(finished, capsys):
+    out, arguments = finished
+    stamp = (out / "sft" / "model.safetensors").stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("done before, reused") == 10
+    assert main([*arguments, "--ppo-kl-coef", "0.2"]) == 2
+    error = capsys.readouterr().err
+    assert "ppo.kl_coef was 0.05, is 0.2" in error and "ppo, contrastive, adaptive" in error and "sft" not in error
+    assert main([*arguments, "--methods", "ppo"]) == 0  # fewer methods: nothing but the evaluation changes
+    assert (out / "sft" / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_stage_runs_alone_with_what_it_needs(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["reward", *SMALL, "--out", str(out), "--sft-epochs", "1"]) == 0
+    assert (out / "reward" / "model.safetensors").exists() and not (out / "baselines").exists()
+    AutoModelForSequenceClassification.from_pretrained(out / "reward")
+    report = json.loads((out / "reward" / "accuracy.json").read_text())
+    assert {"labels", "gold", "gold, easy", "gold, hard"} <= set(report)
+
+
+# -------------------------------------------------------------------------------------------------- resume
+
+QUICK = ("--demonstrations 500 --pairs 200 --train-prompts 32 --eval-prompts 16 --model-width 16 --model-heads 2 "
+         "--model-layers 1 --sft-epochs 3 --reward-epochs 6 --ppo-iterations 14 --ppo-batch-size 16 --dpo-epochs 6 "
+         "--methods ppo,adaptive,dpo --contrastive-scale std --threads 1 --device cpu --checkpoint-seconds 0").split()
+
+
+def command(out):
+    return [sys.executable, "-m", "crlhf", *QUICK, "--out", str(out)]
+
+
+def results(out):
+    """Everything a run leaves: weights as bytes, rows without the seconds."""
+    timing = ("seconds_rollout", "seconds_scoring", "seconds_update", "samples_per_second")
+    found = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*.safetensors"))}
+    for path in sorted(out.rglob("*.jsonl")):
+        found[str(path.relative_to(out))] = [{k: v for k, v in row.items() if k not in timing} for row in lines(path)]
+    return found
+
+
+def kill_in(stage, out, environment):
+    """Start the run, SIGKILL it once `stage` has written two checkpoints, and say whether it was alive then."""
+    process = subprocess.Popen(command(out), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint, seen, deadline = out / f"{stage}.part" / "checkpoint.safetensors", set(), time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            seen.add(checkpoint.stat().st_mtime_ns)
+        except FileNotFoundError:
+            pass
+        if len(seen) >= 2:
+            break
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    return process.wait() == -signal.SIGKILL
+
+
+def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole), env=environment, check=True, stdout=subprocess.DEVNULL)
+    for stage in ("sft", "reward", "ppo", "adaptive", "dpo"):
+        assert kill_in(stage, killed, environment), f"the run ended before it could be killed in {stage}"
+        assert (killed / f"{stage}.part" / "checkpoint.safetensors").exists()
+    last = subprocess.run(command(killed), env=environment, check=True, capture_output=True, text=True)
+    assert "dpo: going on from a checkpoint" in last.stdout
+    one, other = results(whole), results(killed)
+    assert one.keys() == other.keys() and "adaptive/model.safetensors" in one
+    for name in one:
+        assert one[name] == other[name], name
