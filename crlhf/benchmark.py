@@ -8,11 +8,8 @@ length and the work is known beforehand. Everything timed is the code that train
 What is compared takes turns, round by round, so that a machine that slows down slows both. Figures are medians.
 """
 
-import argparse
 import gc
 import io
-import platform
-import re
 import resource
 import statistics
 import tempfile
@@ -30,12 +27,13 @@ from .baselines import sample_baselines
 from .config import BaselineConfig, PPOConfig, UserError
 from .data import wrap
 from .policy import frozen_copy, pad_prompts, sample, save, scalar_model, tiny_model
-from .ppo import collect_rollout, gae, phase_seconds, token_rewards, update, whiten
+from .ppo import collect_rollout, gae, token_rewards, update, whiten
 from .reward import ModelReward
 from .runs import autocast, pick_device, stream
 from .training import adamw
 
 CRITICS = ("separate", "shared")
+PHASES = ("rollout", "scoring", "update", "iteration")
 LR = 1e-6  # small: the timed iterations shall stay alike
 
 
@@ -103,7 +101,7 @@ def ppo_iteration(s):
     update(s.policy, s.critic, s.optimizers, rollout, whiten(advantages, mask), returns, config, [LR, LR],
            stream(0, "minibatches"))
     clock.append(now(s.device))
-    return {"iteration": clock[-1] - clock[0], **phase_seconds(clock, work.batch)}
+    return dict(zip(PHASES, [*(end - start for start, end in zip(clock, clock[1:])), clock[-1] - clock[0]]))
 
 
 def our_baselines(s):
@@ -146,16 +144,10 @@ def iteration_flops(work, critic):
     sampling = trunk_flops(work, P, P * P) + sum(trunk_flops(work, 1, P + t) for t in range(1, T)) + head
     trunk = trunk_flops(work, L, L * L)
     policy, value = trunk + head, 2 * T * D + (trunk if critic == "separate" else 0)
-    phases = {"rollout": sampling + policy + policy + value,  # sample; policy, reference, critic
-              "scoring": trunk + 2 * L * D,                   # the library scores every position
-              "update": work.epochs * 3 * (policy + value)}
-    return {"iteration": work.batch * sum(phases.values())} | {k: work.batch * n for k, n in phases.items()}
-
-
-def decode_bytes(work, n_parameters):
-    """What sampling a batch must move in bf16: all weights once a step; keys and values of all tokens so far."""
-    cached = sum(2 * work.layers * work.batch * (work.prompt + t) * work.width for t in range(work.response))
-    return 2 * (work.response * n_parameters + cached)
+    phases = [sampling + policy + policy + value,  # rollout: sample; policy, reference, critic
+              trunk + 2 * L * D,                   # scoring: the library scores every position
+              work.epochs * 3 * (policy + value)]  # update
+    return {name: work.batch * flops for name, flops in zip(PHASES, [*phases, sum(phases)])}
 
 
 def matmul_rate(work, device):
@@ -167,13 +159,16 @@ def matmul_rate(work, device):
     return 2 * N * 12 * D * D / seconds_of(lambda: [x @ y for x, y in pairs], device, 0.1)
 
 
-def bandwidth(device):
-    """Bytes/s of copying 1 GiB, which is read and written."""
+def decode_floor(work, n_parameters, device):
+    """Seconds that sampling a batch needs to move its bytes, in bf16: all weights once a step, the keys and values
+    of all tokens so far. The bandwidth is that of copying 1 GiB, which is read and written."""
+    cached = sum(2 * work.layers * work.batch * (work.prompt + t) * work.width for t in range(work.response))
     source, target = torch.empty(2, 2**30, dtype=torch.uint8, device=device)
-    return 2 * 2**30 / seconds_of(lambda: target.copy_(source), device, 0.2)
+    rate = 2 * 2**30 / seconds_of(lambda: target.copy_(source), device, 0.2)
+    return 2 * (work.response * n_parameters + cached) / rate
 
 
-# --------------------------------------------------------------------------------------- timing and printing
+# ---------------------------------------------------------------------------------------- timing and tables
 
 
 def now(device):
@@ -219,18 +214,15 @@ def iteration_table(sizes, critics, device, rounds):
         work, s = SIZES[name], setup(SIZES[name], critic, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        result = interleave({"ppo": lambda: ppo_iteration(s), "rate": lambda: matmul_rate(work, device)}, rounds)
-        seconds, flops, rate = result["ppo"], iteration_flops(work, critic), result["rate"]
+        t = interleave({"ppo": lambda: ppo_iteration(s), "rate": lambda: matmul_rate(work, device)}, rounds)
         memory = (torch.cuda.max_memory_allocated() if device.type == "cuda"
                   else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # of the process since it began
-        phases = [f"{t:.3f} ({flops[phase] / rate / t:.0%})" for phase in ("rollout", "scoring", "update", "iteration")
-                  for t in [seconds[phase if phase == "iteration" else f"seconds_{phase}"]]]
-        speed = seconds["samples_per_second"]
-        rows.append([name, critic, *phases, f"{speed:.0f}", f"{speed * work.response:.0f}",
-                     f"{flops['iteration'] / 1e9:.0f}", f"{rate / 1e9:.0f}", f"{memory / 2**20:.0f}"])
+        flops, speed = iteration_flops(work, critic), work.batch / t["ppo"]["iteration"]
+        rows.append([name, critic, *(f"{t['ppo'][phase]:.3f} ({flops[phase] / t['rate'] / t['ppo'][phase]:.0%})"
+                                     for phase in PHASES), f"{speed:.0f}", f"{speed * work.response:.0f}",
+                     f"{flops['iteration'] / 1e9:.0f}", f"{t['rate'] / 1e9:.0f}", f"{memory / 2**20:.0f}"])
     print_table("One PPO iteration: seconds (share of the floor)",
-                ["size", "critic", "rollout", "scoring", "update", "iteration", "samples/s", "tokens/s", "GFLOP",
-                 "matmul GFLOP/s", "peak MiB"], rows)
+                ["size", "critic", *PHASES, "samples/s", "tokens/s", "GFLOP", "matmul GFLOP/s", "peak MiB"], rows)
 
 
 def baseline_table(sizes, device, rounds):
@@ -244,10 +236,9 @@ def baseline_table(sizes, device, rounds):
                    "sample": lambda: sample(s.policy, ids, mask, work.response, s.tokenizer.eos_token_id,
                                             s.tokenizer.pad_token_id)}
         t = interleave({key: lambda a=action: seconds_of(a, device) for key, action in actions.items()}, rounds)
-        floor = "-"
-        if device.type == "cuda":
-            floor = f"{decode_bytes(work, s.policy.num_parameters()) / bandwidth(device) / t['sample']:.0%}"
-        rows.append([name, f"{n / t['ours']:.0f}", f"{n / t['generate']:.0f}", f"{t['generate'] / t['ours']:.2f}", floor])
+        share = decode_floor(work, s.policy.num_parameters(), device) / t["sample"] if device.type == "cuda" else None
+        rows.append([name, f"{n / t['ours']:.0f}", f"{n / t['generate']:.0f}", f"{t['generate'] / t['ours']:.2f}",
+                     "-" if share is None else f"{share:.0%}"])
     print_table("Offline baselines: responses per second",
                 ["size", "ours", "model.generate", "ratio", "sampling: share of the bandwidth floor"], rows)
 
@@ -308,15 +299,9 @@ def trl_table(sizes, critics, device, rounds):
                 ["size", "loop", "seconds", "TRL / this", "TRL without gc / this"], rows)
 
 
-# ------------------------------------------------------------------------------------------------- the way in
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"benchmark: {message}")
-
-
 def parse(arguments):
+    from .__main__ import Parser  # answers a mistake in one line
+
     parser = Parser(prog="python -m crlhf benchmark", allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="auto", choices=("auto", *SIZES), help="auto: all (gpt2 only on a GPU)")
     parser.add_argument("--critic", default="both", choices=("both", *CRITICS), help="a model, or a head on the policy")
@@ -331,10 +316,9 @@ def parse(arguments):
 
 
 def machine(device):
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = re.search(r"model name\s*: (.*)", info)
-    name = cpu.group(1) if cpu else platform.machine()
-    name = f"{torch.cuda.get_device_name()}, bf16 autocast" if device.type == "cuda" else f"{name}, fp32"
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), "CPU")
+    name = f"{torch.cuda.get_device_name()}, bf16 autocast" if device.type == "cuda" else f"{cpu}, fp32"
     return f"{name}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
 
 
