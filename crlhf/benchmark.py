@@ -25,8 +25,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from .baselines import sample_baselines
 from .config import BaselineConfig, PPOConfig, UserError
-from .data import wrap
-from .policy import frozen_copy, pad_prompts, sample, save, scalar_model, tiny_model
+from .vocabulary import wrap
+from .models import frozen_copy, save, scalar_model, tiny_model
+from .policy import pad_prompts, sample
 from .ppo import collect_rollout, gae, token_rewards, update, whiten
 from .reward import ModelReward
 from .runs import autocast, pick_device, stream

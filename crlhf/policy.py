@@ -1,4 +1,4 @@
-"""A language model as a policy: load and save, sample responses, read off log-probabilities and values.
+"""A language model as a policy: sample responses, read off log-probabilities and values.
 
 A policy assigns to a response y = (y_1 ... y_T) to a prompt x the log-probability
 
@@ -11,125 +11,14 @@ a mask that hides padding by its id hides the EOS from the loss, so the policy n
 `response_mask` is True up to and including the EOS that the policy emitted.
 """
 
-import copy
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          DynamicCache, GPT2Config)
-from transformers.utils import logging as transformers_logging
+from transformers import DynamicCache
 
 from . import fast
-from .config import UserError
 from .runs import autocast
-
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
-
-# ------------------------------------------------------------------------------------------- load and save
-
-
-def load_tokenizer(name):
-    """A tokenizer from a folder or the hub, ready for our batches: it has an EOS and a pad token."""
-    check_folder(name, "tokenizer_config.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # the libraries raise many kinds, down to a bare Exception for a bad tokenizer.json
-        raise UserError(f"no tokenizer can be loaded from '{name}': {first_line(error)}; check its "
-                        "tokenizer.json, tokenizer_config.json and config.json") from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of '{name}' has no EOS token, so no response could ever end: set eos_token in "
-                        "its tokenizer_config.json")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # safe, because masks come from positions
-    return tokenizer
-
-
-def load_model(name, auto_class=AutoModelForCausalLM, new_head=False, **kwargs):
-    """A model from a folder or the hub. Only safetensors weights, no remote code, dropout off, fp32.
-
-    Weights that the folder lacks would be random. That is an error, unless a `new_head` is wanted.
-    """
-    check_folder(name)
-    try:
-        model, report = auto_class.from_pretrained(name, use_safetensors=True, trust_remote_code=False,
-                                                   dtype=torch.float32, output_loading_info=True, **kwargs)
-    except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError for shapes that differ, ...
-        raise UserError(f"no model can be loaded from '{name}': {first_line(error)}; it needs config.json and "
-                        "safetensors weights") from None
-    if report["missing_keys"] and not new_head:
-        raise UserError(f"'{name}' is no {type(model).__name__}: it holds no weights '{min(report['missing_keys'])}'; "
-                        "choose a model of the right kind")
-    return model.eval()
-
-
-def check_folder(name, required="config.json"):
-    """A name that looks like a path must be a model folder; anything else is left to the hub."""
-    path = Path(name)
-    if path.is_file():
-        raise UserError(f"'{name}' is a file: give a model folder or a Hugging Face name, or FILE.py:FUNCTION for a "
-                        "reward")
-    if path.is_dir() and not (path / required).is_file():
-        raise UserError(f"'{name}' is no model folder: it has no {required}; choose one that `save_pretrained` wrote")
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if not path.is_dir() and looks_local:
-        raise UserError(f"model folder '{name}' does not exist: check the path, or give a Hugging Face name")
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(". ")
-
-
-def tiny_model(vocab_size, eos_id, pad_id, context, layers, width, heads, seed):
-    """A GPT-2-style model from random weights. `gelu_pytorch_tanh` is GPT-2's own activation, fused."""
-    config = GPT2Config(vocab_size=vocab_size, n_positions=context, n_embd=width, n_layer=layers, n_head=heads,
-                        activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-                        bos_token_id=eos_id, eos_token_id=eos_id, pad_token_id=pad_id)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config).eval()
-
-
-def save(folder, model, tokenizer):
-    """Write an ordinary Hugging Face folder that `from_pretrained` loads."""
-    model.save_pretrained(folder, safe_serialization=True)
-    tokenizer.save_pretrained(folder)
-
-
-def scalar_model(folder, pad_id, zero_head=True):
-    """The trunk of the model in `folder` under a scalar head `score` on every token, (B, L) -> (B, L, 1).
-
-    With `zero_head` the head starts at zero, so every first prediction is 0 and nothing random enters. Reward
-    model and critic are both such a model: one is read at the last token, the other at every token.
-    """
-    model = load_model(folder, AutoModelForSequenceClassification, new_head=zero_head, num_labels=1)
-    if not hasattr(model, "score"):
-        raise UserError(f"'{folder}' is a {type(model).__name__}, which has no scalar head on its tokens: use a causal "
-                        "language model such as GPT-2, SmolLM2 or Qwen2.5")
-    if zero_head:
-        torch.nn.init.zeros_(model.score.weight)
-    model.config.pad_token_id = pad_id
-    return model
-
-
-def frozen_copy(model):
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
-def context_length(model_config):
-    """Positions the model can address, or None if its config sets no limit."""
-    return getattr(model_config, "max_position_embeddings", None) or getattr(model_config, "n_positions", None)
-
-
-def read_model_config(name):
-    check_folder(name)
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # OSError, ValueError, and the hub library's own kind for a value of a wrong type
-        raise UserError(f"no model can be loaded from '{name}': {first_line(error)}; check its config.json") from None
-
 
 # ------------------------------------------------------------------------------------------- text and ids
 
@@ -261,8 +150,8 @@ def response_values(critic, batch):
 # ------------------------------------------------------------------------------------------------ sampling
 
 
-def next_token(logits, temperature=1.0, top_p=1.0, generator=None):
-    """Draw one token a row: (B, V) -> (B,).
+def next_token(logits, uniform, temperature=1.0, top_p=1.0):
+    """Draw one token a row by inverting the distribution function: (B, V) logits, (B,) uniforms -> (B,) ids.
 
     Nucleus sampling (Holtzman et al. 2020) keeps the smallest set of likeliest tokens whose probability
     reaches top_p. The likeliest token always stays.
@@ -273,7 +162,9 @@ def next_token(logits, temperature=1.0, top_p=1.0, generator=None):
         before = sorted_probs.cumsum(-1) - sorted_probs  # probability of all likelier tokens
         sorted_probs[before >= top_p] = 0.0
         probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    cumulative = probs.cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
+    return drawn.clamp(max=logits.shape[-1] - 1)
 
 
 @torch.no_grad()
@@ -282,7 +173,8 @@ def sample(model, prompt_ids, prompt_mask, max_new_tokens, eos_id, pad_id, tempe
     """Sample one response per prompt with a key-value cache; a row stops at its EOS.
 
     prompt_ids, prompt_mask: (B, P), left-padded. Returns (response_ids, response_mask), each (B, T) with
-    T <= max_new_tokens. Draws come from `generator` alone, which lives on the model's device.
+    T <= max_new_tokens. `generator`, on the model's device, draws a uniform number per row and step before
+    anything is sampled: what a row draws does not depend on the others or on when they end.
     """
     B, P = prompt_ids.shape
     device = prompt_ids.device
@@ -290,6 +182,7 @@ def sample(model, prompt_ids, prompt_mask, max_new_tokens, eos_id, pad_id, tempe
     response_ids = torch.full((B, max_new_tokens), pad_id, device=device)
     response_mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
     alive = torch.ones(B, dtype=torch.bool, device=device)
+    uniforms = torch.rand(B, max_new_tokens, generator=generator, device=device)
     ids, position = prompt_ids, positions(prompt_mask)
     lean = fast.supports(model)
     cache = fast.Cache(model, B, P + max_new_tokens, device) if lean else DynamicCache(config=model.config)
@@ -301,7 +194,7 @@ def sample(model, prompt_ids, prompt_mask, max_new_tokens, eos_id, pad_id, tempe
             else:
                 logits = model(input_ids=ids, attention_mask=mask[:, :P + t].long(), position_ids=position,
                                past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        token = next_token(logits, temperature, top_p, generator)
+        token = next_token(logits, uniforms[:, t], temperature, top_p)
         response_ids[:, t] = torch.where(alive, token, pad_id)
         response_mask[:, t] = alive
         alive = alive & (token != eos_id)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .policy import (Batch, decode, ended, entropy_of, log_probs_of, pad_prompts, response_logits,
-                     response_log_probs, response_values, sample)
+from .policy import (Batch, decode, ended, entropy_of, log_probs_of, pad_prompts, response_logits, response_log_probs,
+                     response_values, sample)
 from .runs import autocast, stream
 from .sft import masked_mean
 from .training import Checkpoint, adamw, gradient_step, learning_rate, require_finite, rows_of_step

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
 from .config import UserError
-from .policy import encode_prompt, encode_response, load_model, load_tokenizer, pad
+from .models import load_model, load_tokenizer
+from .policy import encode_prompt, encode_response, pad
 from .runs import autocast, batches
 from .training import Checkpoint, adamw, gradient_step, learning_rate, require_finite, rows_of_step, steps_in
 

@@ -1,14 +1,17 @@
 """Shared pieces: a tiny policy with the embedded world's tokenizer, and a reader of reference values."""
 
 import json
+import os
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub library: tests never wait for a network
 
 import pytest
 import torch
 
 from crlhf import reviews
-from crlhf.data import word_tokenizer
-from crlhf.policy import tiny_model
+from crlhf.vocabulary import word_tokenizer
+from crlhf.models import tiny_model
 
 torch.set_num_threads(1)  # models this small gain nothing from threads, and busy machines lose a lot
 

@@ -11,7 +11,8 @@ import datasets
 import pytest
 
 from crlhf.config import DataConfig, UserError
-from crlhf.data import Unusable, bpe_tokenizer, build_corpus, kind_of, parse_row, read_rows, training_texts
+from crlhf.data import Unusable, build_corpus, kind_of, parse_row, read_rows
+from crlhf.vocabulary import bpe_tokenizer, training_texts
 from crlhf.policy import encode_prompt, encode_response
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf-harmless-sample.jsonl.gz"

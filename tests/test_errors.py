@@ -17,9 +17,9 @@ from transformers import AutoModelForSequenceClassification
 
 from crlhf.__main__ import main, parse
 from crlhf.config import UserError
-from crlhf.data import word_tokenizer
+from crlhf.vocabulary import word_tokenizer
 from crlhf.pipeline import Pipeline
-from crlhf.policy import load_model, load_tokenizer, tiny_model
+from crlhf.models import load_model, load_tokenizer, tiny_model
 from crlhf.reviews import WORDS
 from crlhf.reward import load_function_reward
 
@@ -63,7 +63,7 @@ def file(tmp_path, text, name="rows.jsonl"):
     return tmp_path / name
 
 
-def model_folder(folder, vocab_size=None, context=128, eos="<eos>", pad="<pad>", labels=0, weights=True):
+def model_folder(folder, vocab_size=None, context=128, eos="<eos>", pad="<pad>", labels=0):
     """A tiny GPT-2 folder with its tokenizer; with `labels` it is a classifier."""
     tokenizer = word_tokenizer(WORDS)
     tokenizer.eos_token, tokenizer.pad_token = eos, pad
@@ -73,8 +73,6 @@ def model_folder(folder, vocab_size=None, context=128, eos="<eos>", pad="<pad>",
         model.config.num_labels = labels
         model = AutoModelForSequenceClassification.from_config(model.config)
     model.save_pretrained(folder)
-    if not weights:
-        (folder / "model.safetensors").unlink()
     return folder
 
 
@@ -209,8 +207,9 @@ def test_model_folder_with_a_broken_file(name, text, message, fails, tmp_path):
 
 
 def test_pickled_weights_are_refused(fails, tmp_path):
-    folder = model_folder(tmp_path / "model", weights=False)
-    (folder / "pytorch_model.bin").write_bytes(b"")
+    folder = model_folder(tmp_path / "model")
+    torch.save(load_model(str(folder)).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
     assert "needs config.json and safetensors weights" in fails("--model", folder, stage="sft")
 
 
@@ -369,7 +368,8 @@ def test_full_disk(monkeypatch, out, capsys):
         assert "can't write into the --out folder: No space left on device" in run_again(out, capsys)
         assert not (out / "data").exists()
     succeeds(out)
-    for place, error in (("crlhf.pipeline.save", full_disk), ("crlhf.pipeline.save", full_disk_of_safetensors),
+    saving = "transformers.PreTrainedModel.save_pretrained"
+    for place, error in ((saving, full_disk), (saving, full_disk_of_safetensors),
                          ("crlhf.runs.save_file", full_disk_of_safetensors)):
         with monkeypatch.context() as patch:
             patch.setattr(place, error)
@@ -391,7 +391,7 @@ def test_out_where_nothing_may_be_written(monkeypatch, out, capsys):
 def test_other_errors_are_not_swallowed(monkeypatch, out):
     def broken(*_, **__):
         raise ValueError("a bug of ours")
-    monkeypatch.setattr("crlhf.pipeline.write_json", broken)
+    monkeypatch.setattr(Pipeline, "run_to", broken)
     with pytest.raises(ValueError, match="a bug of ours"):
         main(["data", *TINY, "--out", str(out)])
 
@@ -399,6 +399,6 @@ def test_other_errors_are_not_swallowed(monkeypatch, out):
 def test_stopping_is_no_error(monkeypatch, out, capsys):
     def stop(*_, **__):
         raise KeyboardInterrupt
-    monkeypatch.setattr("crlhf.pipeline.build_data", stop)
+    monkeypatch.setattr(Pipeline, "run_to", stop)
     assert main(["data", *TINY, "--out", str(out)]) == 130
     assert "stopped; run the same command to go on" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from crlhf import evaluate as E
-from crlhf.policy import frozen_copy
+from crlhf.models import frozen_copy
 from crlhf.runs import stream
 
 from conftest import random_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
-from crlhf import fast, policy as P
+from crlhf import fast, models as M, policy as P
 from crlhf.runs import stream
 
 PROMPTS = ["the plot was dull .", "i loved the music . i hated the cast . the script was good .", "i liked the camera ."]
@@ -46,8 +46,8 @@ def test_left_padded_log_probs_equal_each_row_alone(model, tokenizer):
 
 
 def test_left_padded_values_equal_each_row_alone(model, tokenizer, tmp_path):
-    P.save(tmp_path, model, tokenizer)
-    critic = P.scalar_model(str(tmp_path), tokenizer.pad_token_id)
+    M.save(tmp_path, model, tokenizer)
+    critic = M.scalar_model(str(tmp_path), tokenizer.pad_token_id)
     torch.nn.init.normal_(critic.score.weight, generator=stream(0, "head"))
     batch = P.make_batch(tokenizer, PROMPTS, RESPONSES, 24)
     values = P.response_values(critic, batch)
@@ -151,10 +151,26 @@ def test_a_cut_response_has_no_eos(tokenizer):
 
 def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
-    drawn = lambda p: set(P.next_token(logits, 1.0, p, stream(0, "p")).tolist())
+    uniform = torch.rand(4000, generator=stream(0, "p"))
+    drawn = lambda p: set(P.next_token(logits, uniform, 1.0, p).tolist())
     assert drawn(0.4) == {0} and drawn(0.79) == {0, 1} and drawn(0.9) == {0, 1, 2} and drawn(1.0) == {0, 1, 2, 3}
-    share = (P.next_token(logits, 1.0, 0.79, stream(0, "q")) == 0).float().mean().item()
+    share = (P.next_token(logits, uniform, 1.0, 0.79) == 0).float().mean().item()
     assert share == pytest.approx(0.5 / 0.8, abs=0.03)  # what stays is renormalised
+
+
+def test_a_row_draws_the_same_whatever_stands_beside_it(policy, tokenizer, monkeypatch):
+    """Each row has uniform numbers of its own, so a row's response survives other rows' changing."""
+    ids, mask = P.pad_prompts(tokenizer, PROMPTS)
+    ids2, mask2 = P.pad_prompts(tokenizer, [PROMPTS[0], PROMPTS[0], PROMPTS[2]])
+    draw = lambda i, m: P.decode(tokenizer, *P.sample(policy, i, m, 12, tokenizer.eos_token_id, 0, generator=stream(0, "r")))
+    one, other = draw(ids, mask), draw(ids2, mask2)
+    assert one[0] == other[0] and one[2] == other[2]
+
+
+@pytest.mark.parametrize("uniform, token", [(0.0, 1), (0.2499, 1), (0.2501, 2), (0.999999, 2)])
+def test_tokens_of_no_probability_are_never_drawn(uniform, token):
+    logits = torch.log(torch.tensor([[0.0, 0.25, 0.75, 0.0]]))
+    assert P.next_token(logits, torch.tensor([uniform])).item() == token
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -170,7 +186,7 @@ def test_entropy_of_a_known_distribution():
 
 
 def test_models_are_ordinary_hugging_face_folders(policy, tokenizer, tmp_path):
-    P.save(tmp_path, policy, tokenizer)
+    M.save(tmp_path, policy, tokenizer)
     assert (tmp_path / "model.safetensors").exists() and not list(tmp_path.glob("*.bin"))
     again, words = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     ids = words("the plot was dull .", return_tensors="pt")["input_ids"]

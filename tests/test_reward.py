@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
-from crlhf import policy as P, reviews
+from crlhf import models as M, reviews
 from crlhf.config import RewardConfig, UserError
 from crlhf.reward import ModelReward, bradley_terry_loss, preference_accuracy, train_reward_model, variance_parts
 from crlhf.runs import stream
@@ -38,8 +38,8 @@ def test_loss_does_not_see_a_constant_of_the_prompt():
 
 def trained(tokenizer, tmp_path, n=300):
     """A small reward model of a simple taste: raters prefer the longer text."""
-    P.save(tmp_path, random_model(tokenizer), tokenizer)
-    model = P.scalar_model(str(tmp_path), tokenizer.pad_token_id)
+    M.save(tmp_path, random_model(tokenizer), tokenizer)
+    model = M.scalar_model(str(tmp_path), tokenizer.pad_token_id)
     rows = []
     for row in reviews.make_demonstrations(n, 0):
         short = " ".join(row["completion"].split()[:2])
@@ -55,7 +55,7 @@ def test_training_learns_the_raters_taste_and_saves_for_hugging_face(tokenizer, 
     reward = ModelReward(model, tokenizer, 24)
     assert preference_accuracy(reward, held_out)["labels"] > 0.9
 
-    P.save(tmp_path / "rm", model, tokenizer)
+    M.save(tmp_path / "rm", model, tokenizer)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
     row = held_out[0]
     ids = tokenizer(row["prompt"] + " " + row["chosen"], return_tensors="pt")["input_ids"]
@@ -63,8 +63,8 @@ def test_training_learns_the_raters_taste_and_saves_for_hugging_face(tokenizer, 
 
 
 def test_scores_do_not_depend_on_the_other_rows_of_the_batch(tokenizer, tmp_path):
-    P.save(tmp_path, random_model(tokenizer), tokenizer)
-    model = P.scalar_model(str(tmp_path), tokenizer.pad_token_id)
+    M.save(tmp_path, random_model(tokenizer), tokenizer)
+    model = M.scalar_model(str(tmp_path), tokenizer.pad_token_id)
     torch.nn.init.normal_(model.score.weight, generator=stream(0, "head"))
     prompts = ["the plot was dull .", "i loved the music . i hated the cast . the script was good ."]
     responses = ["the cast was weak . i liked the story .", "."]

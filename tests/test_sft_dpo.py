@@ -8,7 +8,8 @@ import torch
 from crlhf import reviews
 from crlhf.config import DPOConfig, SFTConfig
 from crlhf.dpo import dpo_loss, sequence_log_probs, train_dpo
-from crlhf.policy import frozen_copy, generate, make_batch, response_log_probs, tiny_model
+from crlhf.models import frozen_copy, tiny_model
+from crlhf.policy import generate, make_batch, response_log_probs
 from crlhf.runs import stream
 from crlhf.sft import sft_loss, train_sft
 from crlhf.training import learning_rate, rows_of_step, steps_in
