@@ -48,8 +48,8 @@ class WorldConfig:
 
 @dataclass
 class DataConfig:
-    dataset: str = knob("reviews", "'reviews' (embedded), a Hugging Face dataset name, or a local folder or "
-                                   "JSON/JSONL(.gz)/CSV/Parquet file")
+    dataset: str = knob("reviews", "'reviews' (embedded), a Hugging Face dataset NAME or NAME:SUBSET, or a local "
+                                   "folder or JSON/JSONL(.gz)/CSV/Parquet file")
     split: str = knob("train", "split of a Hugging Face dataset")
     preferred: str = knob("", "column that holds the index of the better response, where a dataset has several "
                               "(PKU-SafeRLHF: better_response_id or safer_response_id)")

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
 from .config import UserError
-from .models import load_model, load_tokenizer
+from .models import context_length, load_model, load_tokenizer
 from .policy import encode_prompt, encode_response, pad
 from .runs import autocast, batches
 from .training import Checkpoint, adamw, gradient_step, learning_rate, require_finite, rows_of_step, steps_in
@@ -51,6 +51,10 @@ def score_texts(model, tokenizer, prompts, responses, max_response_tokens):
     sequences = [encode_prompt(tokenizer, x) + encode_response(tokenizer, y)[:max_response_tokens]
                  for x, y in zip(prompts, responses, strict=True)]
     ids, mask = (tensor.to(device) for tensor in pad(sequences, tokenizer.pad_token_id, "right"))
+    limit = min(context_length(model.config) or ids.shape[1], tokenizer.model_max_length)
+    if ids.shape[1] > limit:
+        raise UserError(f"a prompt and its response have {ids.shape[1]} tokens, but '{model.config.name_or_path}' reads "
+                        f"{limit}: lower --max-prompt-tokens or --max-response-tokens")
     with autocast(device):
         return model(input_ids=ids, attention_mask=mask.long()).logits.float()
 

@@ -74,8 +74,13 @@ def write_jsonl(path, rows):
 
 
 def read_jsonl(path):
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """Rows of a file that a stage wrote. If someone took it away, its stage has to be done again."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}): delete the folder {Path(path).parent} and run the command "
+                        "again") from None
 
 
 # --------------------------------------------------------------------------------------- tensors on disk

@@ -87,7 +87,7 @@ class Checkpoint:
             return 0
         try:
             state = load_state(self.file, self.device)
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise UserError(f"{self.file} can't be read ({error}): delete it to start this stage again") from None
         for name, part in self.parts.items():
             part.load_state_dict(state[name])

@@ -103,3 +103,10 @@ def test_report_separates_labels_from_gold_and_groups():
     longer = lambda xs, ys: torch.tensor([float(len(y)) for y in ys])
     report = preference_accuracy(longer, rows, gold=True, group=lambda prompt: prompt)
     assert report == {"pairs": 4, "labels": 1.0, "gold": 0.25, "gold, x": 0.5, "gold, y": 0.0}
+
+
+def test_a_text_longer_than_the_classifier_reads_is_named(tokenizer, tmp_path):
+    M.save(tmp_path, random_model(tokenizer), tokenizer)
+    model = M.scalar_model(str(tmp_path), tokenizer.pad_token_id)
+    with pytest.raises(UserError, match="have 104 tokens, but .* reads 96: lower --max-prompt-tokens"):
+        ModelReward(model, tokenizer, 24)(["the plot was dull . " * 20], ["i liked it ."])
