@@ -30,8 +30,8 @@ def build_parser():
                     description="RLHF with contrastive rewards: SFT, reward model, offline baselines, PPO, comparison. "
                                 "Without a STAGE everything is run; with one, that stage and what it needs. Finished "
                                 "stages are reused, and a run that was stopped goes on where it was. Besides the "
-                                "stages: 'experiment NAME' repeats a question over many seeds, 'memory' says what "
-                                "some models need on a GPU.")
+                                "stages: 'experiment NAME' repeats a question over many seeds, 'benchmark' measures "
+                                "speed, 'memory' says what some models need on a GPU.")
     parser.add_argument("stage", nargs="?", default="all", choices=STAGES, metavar="STAGE",
                         help="one of " + ", ".join(STAGES))
     parser.add_argument("--redo", action="store_true", help="redo the stages whose settings have changed")
@@ -84,6 +84,10 @@ def run(arguments):
         from .experiments import main as run_experiment
 
         return run_experiment(names[0])
+    if arguments[:1] == ["benchmark"]:
+        from .benchmark import main as run_benchmark
+
+        return run_benchmark(arguments[1:])
     if arguments[:1] == ["memory"]:
         from .memory import main as show_memory
 

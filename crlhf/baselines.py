@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .distributed import shared_map
 from .policy import generate
 from .runs import progress, read_jsonl, stream, write_jsonl
 
@@ -24,21 +25,22 @@ def sample_baselines(policy, tokenizer, reward, prompts, config, max_response_to
     """
     device = next(policy.parameters()).device
     group = max(1, config.batch_size // config.k)  # prompts a batch
+
+    def sample_group(first):
+        repeated = [prompt for prompt in prompts[first:first + group] for _ in range(config.k)]
+        texts, ended, _ = generate(policy, tokenizer, repeated, max_response_tokens, config.temperature, config.top_p,
+                                   stream(seed, "baselines", first, device=device))
+        rewards = reward(repeated, texts).tolist()
+        return [{"prompt": repeated[i], "responses": texts[i:i + config.k], "ended": ended[i:i + config.k].tolist(),
+                 "rewards": rewards[i:i + config.k]} for i in range(0, len(repeated), config.k)]
+
     rows = whole_batches(partial, group) if partial else []
     with progress(len(prompts), "baselines", len(rows)) as bar:
-        for first in range(len(rows), len(prompts), group):
-            some = prompts[first:first + group]
-            repeated = [prompt for prompt in some for _ in range(config.k)]
-            texts, ended, _ = generate(policy, tokenizer, repeated, max_response_tokens, config.temperature, config.top_p,
-                                       stream(seed, "baselines", first, device=device))
-            rewards = reward(repeated, texts).tolist()
-            for i, prompt in enumerate(some):
-                mine = slice(i * config.k, (i + 1) * config.k)
-                rows.append({"prompt": prompt, "responses": texts[mine], "ended": ended[mine].tolist(),
-                             "rewards": rewards[mine]})
+        for new in shared_map(sample_group, range(len(rows), len(prompts), group)):
+            rows += new
             if partial:
                 write_jsonl(partial, rows)
-            bar.update(len(some))
+            bar.update(len(new))
     return rows
 
 

@@ -92,7 +92,8 @@ def ppo_iteration(s):
     work, clock = s.work, [now(s.device)]
     config = PPOConfig(batch_size=work.batch, epochs=work.epochs, minibatches=work.minibatches)
     rollout = collect_rollout(s.policy, s.reference, s.critic, s.tokenizer, s.prompts[:work.batch], config,
-                              work.response, stream(0, "rollout", device=s.device))
+                              torch.rand(work.batch, work.response, generator=stream(0, "rollout", device=s.device),
+                                         device=s.device))
     clock.append(now(s.device))
     rewards = s.reward(rollout.prompts, rollout.responses).to(s.device)
     clock.append(now(s.device))
@@ -233,8 +234,9 @@ def baseline_table(sizes, device, rounds):
         work, s = SIZES[name], setup(SIZES[name], "shared", device)
         mask = torch.ones(work.batch, work.prompt, dtype=torch.bool, device=device)
         ids, n = s.prompt_ids[:work.batch].to(device), work.prompts * work.k
+        uniforms = torch.rand(work.batch, work.response, generator=stream(0, "sample"), device="cpu").to(device)
         actions = {"ours": lambda: our_baselines(s), "generate": lambda: library_baselines(s),
-                   "sample": lambda: sample(s.policy, ids, mask, work.response, s.tokenizer.eos_token_id,
+                   "sample": lambda: sample(s.policy, ids, mask, uniforms, s.tokenizer.eos_token_id,
                                             s.tokenizer.pad_token_id)}
         t = interleave({key: lambda a=action: seconds_of(a, device) for key, action in actions.items()}, rounds)
         share = decode_floor(work, s.policy.num_parameters(), device) / t["sample"] if device.type == "cuda" else None

@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from .distributed import shared_map
 from .policy import Batch, generate, response_log_probs
 from .runs import progress, stream
 
@@ -56,17 +57,22 @@ def evaluate_policy(policy, ref_policy, tokenizer, prompts, judges, max_response
     judges: dict name -> reward callable. Returns one row per prompt: {prompt, response, ended, kl, and a score
     for each judge}; kl is log pi(y|x) - log pi_ref(y|x), whose mean estimates KL(pi || pi_ref) in nats.
     """
-    device, rows = next(policy.parameters()).device, []
+    device = next(policy.parameters()).device
+
+    def judge_batch(first):
+        some = prompts[first:first + batch_size]
+        texts, has_ended, batch = generate(policy, tokenizer, some, max_response_tokens, temperature,
+                                           generator=stream(seed, "evaluation", first, device=device))
+        kl = log_ratio(policy, ref_policy, batch, temperature).tolist()
+        scores = {name: judge(some, texts).tolist() for name, judge in judges.items()}
+        return [{"prompt": some[i], "response": texts[i], "ended": bool(has_ended[i]), "kl": kl[i],
+                 **{name: values[i] for name, values in scores.items()}} for i in range(len(some))]
+
+    rows = []
     with progress(len(prompts), title) as bar:
-        for first in range(0, len(prompts), batch_size):
-            some = prompts[first:first + batch_size]
-            texts, has_ended, batch = generate(policy, tokenizer, some, max_response_tokens, temperature,
-                                               generator=stream(seed, "evaluation", first, device=device))
-            kl = log_ratio(policy, ref_policy, batch, temperature).tolist()
-            scores = {name: judge(some, texts).tolist() for name, judge in judges.items()}
-            rows += [{"prompt": some[i], "response": texts[i], "ended": bool(has_ended[i]), "kl": kl[i],
-                      **{name: values[i] for name, values in scores.items()}} for i in range(len(some))]
-            bar.update(len(some))
+        for new in shared_map(judge_batch, range(0, len(prompts), batch_size)):
+            rows += new
+            bar.update(len(new))
     return rows
 
 

@@ -14,6 +14,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequence
 from transformers.utils import logging as transformers_logging
 
 from .config import UserError
+from .distributed import is_writer
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -82,6 +83,8 @@ def tiny_model(vocab_size, eos_id, pad_id, context, layers, width, heads, seed):
 
 def save(folder, model, tokenizer):
     """Write an ordinary Hugging Face folder that `from_pretrained` loads."""
+    if not is_writer():
+        return
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
 

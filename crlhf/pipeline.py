@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import reviews, stages
+from . import distributed, reviews, stages
 from .config import UserError
 from .models import load_model, load_tokenizer
 from .report import samples_text
@@ -33,10 +33,10 @@ class Pipeline:
     """One run: a config, a folder, a device, and the stages that turn the one into the other."""
 
     def __init__(self, config, say=print):
-        self.config, self.say = config, say
+        self.device = distributed.start(pick_device(config.run.device))
+        self.config, self.say = config, say if distributed.is_writer() else lambda text: None
         self.world = config.data.dataset == "reviews"
-        self.device = pick_device(config.run.device)
-        self.run = Run(config.run.out, say)
+        self.run = Run(config.run.out, self.say)
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
 
@@ -124,6 +124,7 @@ class Pipeline:
         if last != "all" and last not in plan:
             raise UserError(f"stage '{last}' is not part of this run: its stages are {', '.join(plan)}")
         self.check_folder(redo)
+        distributed.barrier()  # all have looked at the folder before one writes to it
         write_json(self.run.folder / "config.json", asdict(self.config))
         wanted = set(plan) if last == "all" else requirements(plan, last)
         for name, stage in plan.items():

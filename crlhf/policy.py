@@ -168,21 +168,20 @@ def next_token(logits, uniform, temperature=1.0, top_p=1.0):
 
 
 @torch.no_grad()
-def sample(model, prompt_ids, prompt_mask, max_new_tokens, eos_id, pad_id, temperature=1.0, top_p=1.0,
-           generator=None):
+def sample(model, prompt_ids, prompt_mask, uniforms, eos_id, pad_id, temperature=1.0, top_p=1.0):
     """Sample one response per prompt with a key-value cache; a row stops at its EOS.
 
-    prompt_ids, prompt_mask: (B, P), left-padded. Returns (response_ids, response_mask), each (B, T) with
-    T <= max_new_tokens. `generator`, on the model's device, draws a uniform number per row and step before
-    anything is sampled: what a row draws does not depend on the others or on when they end.
+    prompt_ids, prompt_mask: (B, P), left-padded. uniforms: (B, T), one number in [0, 1) for each token that may
+    be drawn, so that what a row draws depends on no other row. Returns (response_ids, response_mask), each with B
+    rows and as many columns, at most T, as the longest response has.
     """
     B, P = prompt_ids.shape
+    max_new_tokens = uniforms.shape[1]
     device = prompt_ids.device
     mask = torch.cat([prompt_mask, torch.ones(B, max_new_tokens, dtype=torch.bool, device=device)], 1)
     response_ids = torch.full((B, max_new_tokens), pad_id, device=device)
     response_mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
     alive = torch.ones(B, dtype=torch.bool, device=device)
-    uniforms = torch.rand(B, max_new_tokens, generator=generator, device=device)
     ids, position = prompt_ids, positions(prompt_mask)
     lean = fast.supports(model)
     cache = fast.Cache(model, B, P + max_new_tokens, device) if lean else DynamicCache(config=model.config)
@@ -208,8 +207,9 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_p=1
     """B prompt texts -> (B response texts, (B,) bool: did it end by EOS, the Batch of ids)."""
     device = next(model.parameters()).device
     prompt_ids, prompt_mask = (tensor.to(device) for tensor in pad_prompts(tokenizer, prompts))
-    response_ids, response_mask = sample(model, prompt_ids, prompt_mask, max_new_tokens, tokenizer.eos_token_id,
-                                         tokenizer.pad_token_id, temperature, top_p, generator)
+    uniforms = torch.rand(len(prompts), max_new_tokens, generator=generator, device=device)
+    response_ids, response_mask = sample(model, prompt_ids, prompt_mask, uniforms, tokenizer.eos_token_id,
+                                         tokenizer.pad_token_id, temperature, top_p)
     batch = Batch(prompt_ids, prompt_mask, response_ids, response_mask)
     return decode(tokenizer, response_ids, response_mask), ended(batch, tokenizer.eos_token_id), batch
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .distributed import add_up, gather, mine, my_part_of, n_processes
 from .policy import (Batch, decode, ended, entropy_of, log_probs_of, pad_prompts, response_logits, response_log_probs,
                      response_values, sample)
 from .runs import autocast, stream
-from .sft import masked_mean
 from .training import Checkpoint, adamw, gradient_step, learning_rate, require_finite, rows_of_step
 
 # ------------------------------------------------------------------------------------------- pure functions
@@ -75,11 +75,16 @@ def gae(rewards, values, response_mask, gamma=1.0, lam=0.95):
     return advantages, advantages + values
 
 
+def masked_mean(values, mask):
+    """Mean over the True positions of a mask of the same shape: every token counts once, whatever its row."""
+    return add_up((values * mask).sum()) / add_up(mask.sum())
+
+
 def whiten(values, mask):
     """Mean 0 and standard deviation 1 over the True positions; 0 elsewhere. A single value becomes 0."""
-    n = mask.sum()
+    n = add_up(mask.sum())
     centred = (values - masked_mean(values, mask)) * mask
-    return centred * (centred.square().sum() / (n - 1).clamp(min=1) + 1e-8).rsqrt()
+    return centred * (add_up(centred.square().sum()) / (n - 1).clamp(min=1) + 1e-8).rsqrt()
 
 
 def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
@@ -102,8 +107,8 @@ def value_loss(values, old_values, returns, mask, value_clip_range=0.2):
 
 def explained_variance(values, returns, mask):
     """1 - Var(returns - V) / Var(returns) over the mask: 1 for a perfect critic, 0 for a constant one."""
-    returns, errors = returns[mask], (returns - values)[mask]
-    return (1 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)).item()
+    variance = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+    return (1 - variance(returns - values) / variance(returns).clamp(min=1e-8)).item()
 
 
 # ---------------------------------------------------------------------------------------------- the rollout
@@ -140,17 +145,18 @@ def policy_outputs(policy, critic, batch, temperature):
 
 
 @torch.no_grad()
-def collect_rollout(policy, ref_policy, critic, tokenizer, prompts, config, max_response_tokens, generator):
+def collect_rollout(policy, ref_policy, critic, tokenizer, prompts, config, uniforms):
     """Sample one response per prompt and evaluate policy, reference and critic on it, once each.
+
+    uniforms: (B, T) random numbers for the tokens that may be drawn, see `policy.sample`.
 
     The log-probs are recomputed in one pass over the finished responses instead of kept from sampling, so
     that they and the update's come from the same arithmetic and the first ratio is 1, in bf16 too.
     """
     device = next(policy.parameters()).device
     prompt_ids, prompt_mask = (tensor.to(device) for tensor in pad_prompts(tokenizer, prompts))
-    batch = Batch(prompt_ids, prompt_mask, *sample(
-        policy, prompt_ids, prompt_mask, max_response_tokens, tokenizer.eos_token_id, tokenizer.pad_token_id,
-        config.temperature, 1.0, generator))
+    batch = Batch(prompt_ids, prompt_mask, *sample(policy, prompt_ids, prompt_mask, uniforms, tokenizer.eos_token_id,
+                                                   tokenizer.pad_token_id, config.temperature))
     parts = []
     for rows in torch.arange(len(batch)).split(config.micro_batch_size or len(batch)):
         piece = Batch(*(tensor[rows] for tensor in vars(batch).values()))  # untrimmed: pieces are joined again
@@ -186,19 +192,19 @@ def update(policy, critic, optimizers, rollout, advantages, returns, config, lrs
 
     A minibatch may be worked off in pieces of micro_batch_size rows: the gradients add up to the same sum.
     """
-    mask, B = rollout.batch.response_mask, len(rollout.batch)
+    mask, B = rollout.batch.response_mask, len(rollout.batch) * n_processes()
     rows_per_step, history = B // config.minibatches, []
     for _ in range(config.epochs):
         order = torch.randperm(B, generator=generator)
-        for rows in order.split(rows_per_step):
-            n_tokens = mask[rows].sum()
-            stats = 0.0
-            for some in rows.split(config.micro_batch_size or rows_per_step):
+        for rows in map(my_part_of, order.split(rows_per_step)):
+            n_tokens = add_up(mask[rows].sum())
+            stats = torch.zeros(4, device=mask.device)
+            for some in rows.split(config.micro_batch_size or rows_per_step) if len(rows) else ():
                 total, piece_stats = minibatch_loss(policy, critic, rollout, advantages, returns, some, config)
                 (total / n_tokens).backward()
                 stats = stats + piece_stats / n_tokens
             norms = [gradient_step(optimizer, lr, config.max_grad_norm) for optimizer, lr in zip(optimizers, lrs)]
-            history.append(stats.tolist() + [norms[0], norms[-1]])
+            history.append(add_up(stats).tolist() + [norms[0], norms[-1]])
         if config.target_kl and history[-1][3] > config.target_kl:
             break
     names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm", "critic_grad_norm")
@@ -226,13 +232,15 @@ def train_ppo(policy, ref_policy, critic, tokenizer, reward, prompts, config, ma
     for i in checkpoint.steps(config.iterations, name):
         clock = [time.perf_counter()]
         rows = prompts_of_iteration(len(prompts), config.batch_size, i, seed)
-        rollout = collect_rollout(policy, ref_policy, critic, tokenizer, [prompts[row] for row in rows], config,
-                                  max_response_tokens, stream(seed, "ppo rollout", i, device=device))
+        uniforms = torch.rand(len(rows), max_response_tokens, generator=stream(seed, "ppo rollout", i, device=device),
+                              device=device)
+        rollout = collect_rollout(policy, ref_policy, critic, tokenizer, [prompts[row] for row in mine(rows)], config,
+                                  mine(uniforms))
         clock.append(time.perf_counter())
 
         raw = reward_rules(reward(rollout.prompts, rollout.responses), rollout.has_ended, config.missing_eos_penalty,
                            config.reward_clip)
-        rewards = contrastive(rollout.prompts, raw) if contrastive else raw
+        rewards = mine(contrastive([prompts[row] for row in rows], gather(raw))) if contrastive else raw
         clock.append(time.perf_counter())
 
         mask = rollout.batch.response_mask
@@ -246,7 +254,7 @@ def train_ppo(policy, ref_policy, critic, tokenizer, reward, prompts, config, ma
         clock.append(time.perf_counter())
 
         row = {"iteration": i, **rollout_metrics(rollout, raw, rewards, contrastive, gold),
-               "advantage_std": advantages[mask].std().item(),
+               "advantage_std": masked_mean((advantages - masked_mean(advantages, mask)) ** 2, mask).item() ** 0.5,
                "explained_variance": explained_variance(rollout.values, returns, mask),
                **losses, "lr": lrs[0], **phase_seconds(clock, len(rows))}
         for loss in ("policy_loss", "value_loss", "grad_norm", "critic_grad_norm"):
@@ -267,18 +275,22 @@ def prompt_order(n_prompts, batch_size, iterations, seed):
 
 
 def rollout_metrics(rollout, raw, rewards, contrastive, gold):
-    """What an iteration's rollout looked like: rewards, divergence, length."""
+    """What an iteration's rollout looked like: rewards, divergence, length. Over the batches of all processes."""
     mask = rollout.batch.response_mask
-    k1, k3 = ((kl_estimate(rollout.log_probs, rollout.ref_log_probs, k) * mask).sum(1).mean().item()
-              for k in ("k1", "k3"))
-    row = {"reward": raw.mean().item(), "reward_variance": raw.var(correction=0).item(),
-           "kl": k1, "kl_k3": k3, "entropy": masked_mean(rollout.entropy, mask).item(),
-           "response_length": mask.sum(1).float().mean().item(), "ended": rollout.has_ended.float().mean().item()}
+    rows = {"reward": raw, "ended": rollout.has_ended.float(), "response_length": mask.sum(1).float()}
+    for name, estimator in (("kl", "k1"), ("kl_k3", "k3")):
+        rows[name] = (kl_estimate(rollout.log_probs, rollout.ref_log_probs, estimator) * mask).sum(1)
     if contrastive:
-        row |= {"contrastive_reward": rewards.mean().item(), "contrastive_variance": rewards.var(correction=0).item(),
-                "coefficient": contrastive.coefficient, "scale": contrastive.scale}
+        rows["contrastive_reward"] = rewards
     if gold:
-        row["gold"] = gold(rollout.prompts, rollout.responses).mean().item()
+        rows["gold"] = gold(rollout.prompts, rollout.responses)
+    rows = {name: gather(values) for name, values in rows.items()}
+    row = {name: values.mean().item() for name, values in rows.items()}
+    row["reward_variance"] = rows["reward"].var(correction=0).item()
+    row["entropy"] = masked_mean(rollout.entropy, mask).item()
+    if contrastive:
+        row |= {"contrastive_variance": rows["contrastive_reward"].var(correction=0).item(),
+                "coefficient": contrastive.coefficient, "scale": contrastive.scale}
     return row
 
 

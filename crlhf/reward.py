@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
 from .config import UserError
+from .distributed import add_up, mine, n_processes
 from .models import context_length, load_model, load_tokenizer
 from .policy import encode_prompt, encode_response, pad
 from .runs import autocast, batches
@@ -67,16 +68,17 @@ def train_reward_model(model, tokenizer, preferences, config, max_response_token
     checkpoint = Checkpoint(folder, checkpoint_seconds, device, model=model, optimizer=optimizer)
     total = steps_in(len(preferences), config.batch_size, config.epochs)
     for step in checkpoint.steps(total, "reward model"):
-        rows = [preferences[i] for i in rows_of_step(len(preferences), config.batch_size, step, seed, "reward")]
+        rows = [preferences[i] for i in mine(rows_of_step(len(preferences), config.batch_size, step, seed, "reward"))]
         prompts = [row["prompt"] for row in rows]
         both = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
         chosen, rejected = score_texts(model, tokenizer, prompts * 2, both, max_response_tokens).squeeze(1).chunk(2)
-        loss = bradley_terry_loss(chosen, rejected, config.center_coef)
+        loss = bradley_terry_loss(chosen, rejected, config.center_coef) / n_processes()  # equal shares of the mean
         loss.backward()
+        loss = add_up(loss)
         lr = learning_rate(step, total, config.lr, config.warmup)
         grad_norm = gradient_step(optimizer, lr, config.max_grad_norm)
         require_finite(loss.item() + grad_norm, "reward model", step, "--reward-lr", config.lr)
-        accuracy = (chosen > rejected).float().mean()
+        accuracy = add_up((chosen > rejected).float().mean()) / n_processes()
         checkpoint.log({"step": step, "loss": loss.item(), "accuracy": accuracy, "grad_norm": grad_norm, "lr": lr},
                        loss=loss, accuracy=accuracy)
     return checkpoint.rows

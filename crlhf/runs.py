@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .config import UserError
+from .distributed import barrier, is_writer
 
 # ------------------------------------------------------------------------------------ randomness, devices
 
@@ -55,6 +56,8 @@ def autocast(device):
 
 def write_atomic(path, text):
     """Write a text file whole or not at all: to a temporary name, flushed to disk, then renamed."""
+    if not is_writer():
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -128,7 +131,7 @@ def load_state(path, device="cpu"):
 
 def progress(total, title, start=0):
     """A progress bar with rate and time left; silent where the output is no terminal."""
-    return tqdm(total=total, initial=start, desc=f"  {title}", disable=None, leave=False, dynamic_ncols=True)
+    return tqdm(total=total, initial=start, desc=f"  {title}", disable=None if is_writer() else True, leave=False, dynamic_ncols=True)
 
 
 def batches(rows, size, title):
@@ -172,19 +175,29 @@ class Run:
         if stage_print(final) == self.prints[name]:
             self.say(f"{name}: done before, reused")
             return final
+        barrier()  # nobody changes the folder before all have looked at it
+        if is_writer():
+            self.prepare(name, part, settings)
+        barrier()
+        started = time.monotonic()
+        summary = build(part)
+        barrier()
+        if is_writer():
+            (part / "checkpoint.safetensors").unlink(missing_ok=True)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(part, final)
+        barrier()
+        self.say(f"{name}: {summary} ({time.monotonic() - started:.0f} s)")
+        return final
+
+    def prepare(self, name, part, settings):
+        """An empty folder for the stage, or the one it was stopped in, if that had the same settings."""
         if stage_print(part) != self.prints[name]:
             shutil.rmtree(part, ignore_errors=True)
         elif (part / "checkpoint.safetensors").exists():
             self.say(f"{name}: going on from a checkpoint")
         part.mkdir(parents=True, exist_ok=True)
         write_json(part / "stage.json", {"fingerprint": self.prints[name], "settings": settings})
-        started = time.monotonic()
-        summary = build(part)
-        (part / "checkpoint.safetensors").unlink(missing_ok=True)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(part, final)
-        self.say(f"{name}: {summary} ({time.monotonic() - started:.0f} s)")
-        return final
 
 
 def stage_print(folder):

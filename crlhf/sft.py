@@ -5,18 +5,18 @@
 The prompt is context, not target. EOS is a response token: this is where the policy learns to stop.
 """
 
+from .distributed import add_up, mine
 from .policy import make_batch, response_log_probs
 from .training import Checkpoint, adamw, gradient_step, learning_rate, require_finite, rows_of_step, steps_in
 
 
-def masked_mean(values, mask):
-    """Mean over the True positions of a mask of the same shape: every token counts once, whatever its row."""
-    return (values * mask).sum() / mask.sum()
-
-
 def sft_loss(model, batch):
-    """Mean negative log-likelihood in nats over the response tokens of the whole batch: a scalar."""
-    return -masked_mean(response_log_probs(model, batch), batch.response_mask)
+    """Mean negative log-likelihood in nats over the response tokens of the whole batch: a scalar.
+
+    With several processes it is this one's share of that mean, and the shares add up to it.
+    """
+    log_probs = response_log_probs(model, batch)
+    return -(log_probs * batch.response_mask).sum() / add_up(batch.response_mask.sum())
 
 
 def train_sft(model, tokenizer, demonstrations, config, max_response_tokens, seed, folder, checkpoint_seconds=20.0):
@@ -26,11 +26,12 @@ def train_sft(model, tokenizer, demonstrations, config, max_response_tokens, see
     checkpoint = Checkpoint(folder, checkpoint_seconds, device, model=model, optimizer=optimizer)
     total = steps_in(len(demonstrations), config.batch_size, config.epochs)
     for step in checkpoint.steps(total, "sft"):
-        rows = [demonstrations[i] for i in rows_of_step(len(demonstrations), config.batch_size, step, seed, "sft")]
+        rows = [demonstrations[i] for i in mine(rows_of_step(len(demonstrations), config.batch_size, step, seed, "sft"))]
         batch = make_batch(tokenizer, [row["prompt"] for row in rows], [row["completion"] for row in rows],
                            max_response_tokens).to(device)
         loss = sft_loss(model, batch)
         loss.backward()
+        loss = add_up(loss)
         lr = learning_rate(step, total, config.lr, config.warmup)
         grad_norm = gradient_step(optimizer, lr, config.max_grad_norm)
         require_finite(loss.item() + grad_norm, "sft", step, "--sft-lr", config.lr)

@@ -10,6 +10,7 @@ from .baselines import baseline_rewards, load_baselines, sample_baselines, save_
 from .config import UserError
 from .contrastive import ContrastiveReward
 from .data import build_corpus, read_rows
+from .distributed import is_writer, shared_map
 from .dpo import train_dpo
 from .evaluate import evaluate_policy
 from .models import (context_length, frozen_copy, load_model, load_tokenizer, read_model_config, save, scalar_model,
@@ -50,7 +51,8 @@ def build_data(pipe, folder):
     for name, rows in (("demonstrations", demonstrations), ("preferences", preferences),
                        ("eval_preferences", eval_preferences)):
         write_jsonl(folder / f"{name}.jsonl", rows)
-    tokenizer.save_pretrained(folder / "tokenizer")
+    if is_writer():
+        tokenizer.save_pretrained(folder / "tokenizer")
     for note in notes:
         pipe.say(note)
     return f"{len(demonstrations)} demonstrations, {len(train)} prompts to train on, {len(held_out)} held out"
@@ -122,15 +124,19 @@ def build_preferences(pipe, folder):
 def sample_pairs(pipe, prompts):
     """Two responses of the SFT policy for every prompt, as two lists."""
     model, tokenizer = pipe.model("sft"), pipe.tokenizer()
-    size, sides = pipe.config.baselines.batch_size, ([], [])
+    size = pipe.config.baselines.batch_size
+
+    def sample_some(place):
+        side, first = place
+        return generate(model, tokenizer, prompts[first:first + size], pipe.config.data.max_response_tokens,
+                        generator=stream(pipe.config.run.seed, "pairs", side, first, device=pipe.device))[0]
+
+    texts = []
     with progress(2 * len(prompts), "preferences") as bar:
-        for number, side in enumerate(sides):
-            for first in range(0, len(prompts), size):
-                some = prompts[first:first + size]
-                side += generate(model, tokenizer, some, pipe.config.data.max_response_tokens, generator=stream(
-                    pipe.config.run.seed, "pairs", number, first, device=pipe.device))[0]
-                bar.update(len(some))
-    return sides
+        for new in shared_map(sample_some, [(side, first) for side in (0, 1) for first in range(0, len(prompts), size)]):
+            texts += new
+            bar.update(len(new))
+    return texts[:len(prompts)], texts[len(prompts):]
 
 
 def build_reward(pipe, folder):
@@ -160,7 +166,8 @@ def build_baselines(pipe, folder):
     rows = sample_baselines(pipe.model("sft"), pipe.tokenizer(), pipe.noisy_reward(), [prompts[i] for i in met],
                             c.baselines, c.data.max_response_tokens, c.run.seed, partial)
     save_baselines(folder, rows)
-    partial.unlink(missing_ok=True)
+    if is_writer():
+        partial.unlink(missing_ok=True)
     rewards, has_ended = baseline_rewards(rows)
     report = {"mean": rewards.mean().item(), "ended": has_ended.float().mean().item(), "k": c.baselines.k}
     shares = ""
@@ -232,5 +239,6 @@ def build_evaluation(pipe, folder):
     summary = summarise(results, list(judges), deciding)
     write_json(folder / "summary.json", summary)
     metrics = {m: pipe.rows(m, "metrics") for m in c.method_list() if m != "dpo"}
-    write_report(pipe.run.folder, c, summary, results, metrics, pipe.world)
+    if is_writer():
+        write_report(pipe.run.folder, c, summary, results, metrics, pipe.world)
     return f"{len(results)} policies on {len(pipe.prompts('eval'))} held-out prompts"

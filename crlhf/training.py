@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from .config import UserError
+from .distributed import add_gradients, is_writer
 from .runs import load_state, progress, save_state, shuffled, write_jsonl
 
 
@@ -49,6 +50,7 @@ def gradient_step(optimizer, lr, max_grad_norm):
     A norm that isn't finite leaves the weights as they are; the caller decides what to say.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    add_gradients(parameters)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     if math.isfinite(norm):
         for group in optimizer.param_groups:
@@ -102,12 +104,13 @@ class Checkpoint:
         for step in range(start, total):
             yield step
             self.bar.update()
-            if time.monotonic() - last_save >= self.seconds:
+            if is_writer() and time.monotonic() - last_save >= self.seconds:
                 self.save(step + 1)
                 last_save = time.monotonic()
         self.bar.close()
         write_jsonl(self.metrics_file, self.rows)
-        self.file.unlink(missing_ok=True)
+        if is_writer():
+            self.file.unlink(missing_ok=True)
 
     def save(self, step):
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ def test_flops_are_those_torch_counts(critic):
     s, flops = benchmark.setup(MICRO, critic, CPU), benchmark.iteration_flops(MICRO, critic)
     config, rollouts = PPOConfig(batch_size=4, epochs=2, minibatches=2), []
     assert counted(lambda: rollouts.append(collect_rollout(
-        s.policy, s.reference, s.critic, s.tokenizer, s.prompts[:4], config, 5, stream(0)))) == flops["rollout"]
+        s.policy, s.reference, s.critic, s.tokenizer, s.prompts[:4], config, torch.rand(4, 5)))) == flops["rollout"]
     r = rollouts[0]
     assert r.batch.response_mask.all() and r.batch.response_ids.shape == (4, 5)  # EOS is out of reach
     assert counted(lambda: s.reward(r.prompts, r.responses)) == flops["scoring"]

@@ -13,6 +13,12 @@ PROMPTS = ["the plot was dull .", "i loved the music . i hated the cast . the sc
 RESPONSES = ["the cast was weak .", "i liked the acting and the story was nice .", "."]
 
 
+def draw(model, ids, mask, n_tokens, generator, eos_id, pad_id, **settings):
+    """`sample` with uniforms from a generator."""
+    uniforms = torch.rand(len(ids), n_tokens, generator=generator)
+    return P.sample(model, ids, mask, uniforms, eos_id, pad_id, **settings)
+
+
 def llama(tokenizer):
     """A modern architecture (rotary positions, grouped heads), to which the lean path does not apply."""
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -76,8 +82,7 @@ def test_lean_forward_and_its_gradients_equal_the_library(policy, tokenizer, mon
 def test_cached_sampling_draws_from_the_log_probs_it_reports(model, tokenizer):
     """Greedy-like sampling at a tiny temperature must take the argmax of the uncached forward, with padding."""
     ids, mask = P.pad_prompts(tokenizer, PROMPTS)
-    response_ids, response_mask = P.sample(model, ids, mask, 12, tokenizer.eos_token_id, tokenizer.pad_token_id,
-                                           temperature=1e-3, generator=stream(0, "greedy"))
+    response_ids, response_mask = draw(model, ids, mask, 12, stream(0, "greedy"), tokenizer.eos_token_id, tokenizer.pad_token_id, temperature=1e-3)
     for row, prompt in enumerate(PROMPTS):
         prefix = tokenizer(prompt)["input_ids"]
         for token in response_ids[row][response_mask[row]].tolist():
@@ -94,8 +99,7 @@ def test_sampling_frequencies_match_the_models_probabilities(model, tokenizer):
     prompt, n = "the plot was dull .", 20_000
     ids, mask = P.pad_prompts(tokenizer, [prompt, PROMPTS[1]])
     rows = torch.zeros(n, dtype=torch.long)
-    response_ids, response_mask = P.sample(model, ids[rows], mask[rows], 2, tokenizer.eos_token_id,
-                                           tokenizer.pad_token_id, temperature=0.7, generator=stream(1, "chi"))
+    response_ids, response_mask = draw(model, ids[rows], mask[rows], 2, stream(1, "chi"), tokenizer.eos_token_id, tokenizer.pad_token_id, temperature=0.7)
 
     def check(tokens, prefix):
         with torch.no_grad():
@@ -118,8 +122,7 @@ def test_sampling_frequencies_match_the_models_probabilities(model, tokenizer):
 
 def test_rows_stop_at_eos_and_the_mask_includes_it(policy, tokenizer):
     ids, mask = P.pad_prompts(tokenizer, PROMPTS * 40)
-    response_ids, response_mask = P.sample(policy, ids, mask, 16, tokenizer.eos_token_id, tokenizer.pad_token_id,
-                                           temperature=3.0, generator=stream(0, "eos"))
+    response_ids, response_mask = draw(policy, ids, mask, 16, stream(0, "eos"), tokenizer.eos_token_id, tokenizer.pad_token_id, temperature=3.0)
     eos, stopped = tokenizer.eos_token_id, 0
     for row_ids, row_mask in zip(response_ids.tolist(), response_mask.tolist()):
         length = sum(row_mask)
@@ -162,8 +165,8 @@ def test_a_row_draws_the_same_whatever_stands_beside_it(policy, tokenizer, monke
     """Each row has uniform numbers of its own, so a row's response survives other rows' changing."""
     ids, mask = P.pad_prompts(tokenizer, PROMPTS)
     ids2, mask2 = P.pad_prompts(tokenizer, [PROMPTS[0], PROMPTS[0], PROMPTS[2]])
-    draw = lambda i, m: P.decode(tokenizer, *P.sample(policy, i, m, 12, tokenizer.eos_token_id, 0, generator=stream(0, "r")))
-    one, other = draw(ids, mask), draw(ids2, mask2)
+    drawn = lambda i, m: P.decode(tokenizer, *draw(policy, i, m, 12, stream(0, "r"), tokenizer.eos_token_id, 0))
+    one, other = drawn(ids, mask), drawn(ids2, mask2)
     assert one[0] == other[0] and one[2] == other[2]
 
 
@@ -207,6 +210,6 @@ def test_sampling_ignores_and_leaves_the_global_random_state(policy, tokenizer):
     results = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        results.append(P.sample(policy, ids, mask, 8, 99, 0, generator=stream(5, "x"))[0])
+        results.append(draw(policy, ids, mask, 8, stream(5, "x"), 99, 0)[0])
         assert torch.initial_seed() == seed
     assert torch.equal(*results)

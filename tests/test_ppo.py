@@ -9,7 +9,6 @@ from crlhf import ppo
 from crlhf.config import PPOConfig
 from crlhf.models import frozen_copy
 from crlhf.runs import stream
-from crlhf.sft import masked_mean
 
 from conftest import random_model
 
@@ -163,8 +162,8 @@ SMALL = replace(PPOConfig(), batch_size=16, minibatches=4, epochs=2, iterations=
 
 
 def one_rollout(tokenizer, policy, critic, config=SMALL):
-    return ppo.collect_rollout(policy, frozen_copy(random_model(tokenizer, 1)), critic, tokenizer, PROMPTS, config, 12,
-                               stream(0, "rollout"))
+    return ppo.collect_rollout(policy, frozen_copy(random_model(tokenizer, 1)), critic, tokenizer, PROMPTS, config,
+                               torch.rand(16, 12, generator=stream(0, "rollout")))
 
 
 @pytest.mark.parametrize("micro", [0, 3])
@@ -177,7 +176,7 @@ def test_first_minibatch_has_ratio_one_and_no_clipping(tokenizer, policy, micro)
     _, stats = ppo.minibatch_loss(policy, critic, rollout, advantages, advantages, rows, config)
     n_tokens = rollout.batch.response_mask.sum()
     assert stats[2] == 0 and stats[3] / n_tokens < 1e-8          # nothing clipped, KL(old || new) = 0
-    assert (stats[0] / n_tokens).item() == pytest.approx(-masked_mean(advantages, rollout.batch.response_mask).item(), abs=1e-4)
+    assert (stats[0] / n_tokens).item() == pytest.approx(-ppo.masked_mean(advantages, rollout.batch.response_mask).item(), abs=1e-4)
 
 
 def test_minibatches_are_honoured(tokenizer, policy, monkeypatch):
