@@ -27,9 +27,10 @@ def sample_baselines(policy, tokenizer, reward, prompts, config, max_response_to
     group = max(1, config.batch_size // config.k)  # prompts a batch
 
     def sample_group(first):
-        repeated = [prompt for prompt in prompts[first:first + group] for _ in range(config.k)]
-        texts, ended, _ = generate(policy, tokenizer, repeated, max_response_tokens, config.temperature, config.top_p,
-                                   stream(seed, "baselines", first, device=device))
+        some = prompts[first:first + group]
+        texts, ended, _ = generate(policy, tokenizer, some, max_response_tokens, config.temperature, config.top_p,
+                                   stream(seed, "baselines", first, device=device), config.k)
+        repeated = [prompt for prompt in some for _ in range(config.k)]
         rewards = reward(repeated, texts).tolist()
         return [{"prompt": repeated[i], "responses": texts[i:i + config.k], "ended": ended[i:i + config.k].tolist(),
                  "rewards": rewards[i:i + config.k]} for i in range(0, len(repeated), config.k)]

@@ -30,6 +30,14 @@ class Cache:
                                  config.n_embd // config.n_head, device=device, dtype=dtype)
         self.used = 0
 
+    def batch_repeat_interleave(self, k):
+        """Every row k times, one after another. The name is the library's for its own caches."""
+        self.store = self.store.repeat_interleave(k, 2)
+
+    def batch_select_indices(self, rows):
+        """Keep only some rows."""
+        self.store = self.store[:, :, rows]
+
 
 def linear(x, layer):
     """Hugging Face's GPT-2 keeps its weights as (in, out): x @ W + b."""
@@ -40,18 +48,27 @@ def norm(x, layer):
     return F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
 
 
-def attention_mask(mask, n_new):
-    """(B, L) bool of real tokens -> (B, 1, n_new, L) bool: who may look at whom. None if nothing is hidden.
+def gelu(x):
+    """GPT-2's tanh approximation. 1/2 (1 + tanh u) = sigmoid(2u), which is quicker where no gradient is needed."""
+    if torch.is_grad_enabled():
+        return F.gelu(x, approximate="tanh")
+    return x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x * x * x))
+
+
+def attention_mask(mask, n_new, dtype):
+    """(B, L) bool of real tokens -> (B, 1, n_new, L) to add to the scores: 0 where one may look, else -inf.
 
     A new token sees itself and the real tokens before it. Padding sees itself, so that no row of the softmax
-    is empty.
+    is empty. It is made once for all layers.
     """
     B, L = mask.shape
     if n_new == 1:
-        return mask[:, None, None, :]
-    column = torch.arange(L, device=mask.device)
-    row = column[L - n_new:, None]
-    return (((column <= row) & mask[:, None, :]) | (column == row))[:, None]
+        allowed = mask[:, None, None, :]
+    else:
+        column = torch.arange(L, device=mask.device)
+        row = column[L - n_new:, None]
+        allowed = (((column <= row) & mask[:, None, :]) | (column == row))[:, None]
+    return torch.zeros(allowed.shape, dtype=dtype, device=mask.device).masked_fill_(~allowed, float("-inf"))
 
 
 def hidden_states(trunk, ids, mask, position_ids, cache=None):
@@ -62,7 +79,8 @@ def hidden_states(trunk, ids, mask, position_ids, cache=None):
     B, n = ids.shape
     heads = trunk.config.n_head
     x = F.embedding(ids, trunk.wte.weight) + F.embedding(position_ids, trunk.wpe.weight)
-    allowed = attention_mask(mask, n)
+    device = ids.device.type
+    allowed = attention_mask(mask, n, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
     for number, block in enumerate(trunk.h):
         qkv = linear(norm(x, block.ln_1), block.attn.c_attn)
         query, key, value = qkv.view(B, n, 3, heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, n, head size) each
@@ -74,7 +92,7 @@ def hidden_states(trunk, ids, mask, position_ids, cache=None):
             key, value = key.to(query.dtype), value.to(query.dtype)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
         x = x + linear(attended.transpose(1, 2).reshape(B, n, -1), block.attn.c_proj)
-        x = x + linear(F.gelu(linear(norm(x, block.ln_2), block.mlp.c_fc), approximate="tanh"), block.mlp.c_proj)
+        x = x + linear(gelu(linear(norm(x, block.ln_2), block.mlp.c_fc)), block.mlp.c_proj)
     if cache is not None:
         cache.used += n
     return norm(x, trunk.ln_f)

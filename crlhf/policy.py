@@ -169,48 +169,57 @@ def next_token(logits, uniform, temperature=1.0, top_p=1.0):
 
 @torch.no_grad()
 def sample(model, prompt_ids, prompt_mask, uniforms, eos_id, pad_id, temperature=1.0, top_p=1.0):
-    """Sample one response per prompt with a key-value cache; a row stops at its EOS.
+    """Sample k responses per prompt with a key-value cache; a row stops at its EOS.
 
-    prompt_ids, prompt_mask: (B, P), left-padded. uniforms: (B, T), one number in [0, 1) for each token that may
-    be drawn, so that what a row draws depends on no other row. Returns (response_ids, response_mask), each with B
-    rows and as many columns, at most T, as the longest response has.
+    prompt_ids, prompt_mask: (B, P), left-padded. uniforms: (B * k, T), one number in [0, 1) for each token that
+    may be drawn, so that what a row draws depends on no other row. Returns (response_ids, response_mask), each
+    with B * k rows, those of one prompt together, and as many columns, at most T, as the longest response has.
     """
-    B, P = prompt_ids.shape
-    max_new_tokens = uniforms.shape[1]
-    device = prompt_ids.device
-    mask = torch.cat([prompt_mask, torch.ones(B, max_new_tokens, dtype=torch.bool, device=device)], 1)
-    response_ids = torch.full((B, max_new_tokens), pad_id, device=device)
-    response_mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
-    alive = torch.ones(B, dtype=torch.bool, device=device)
+    (B, P), (N, T), device = prompt_ids.shape, uniforms.shape, prompt_ids.device
+    response_ids = torch.full((N, T), pad_id, device=device)
+    response_mask = torch.zeros(N, T, dtype=torch.bool, device=device)
+    rows = torch.arange(N, device=device)  # which responses are still being written
+    alive = torch.ones(N, dtype=torch.bool, device=device)  # and of these, which have not ended
+    mask = torch.cat([prompt_mask, torch.ones(B, T, dtype=torch.bool, device=device)], 1)
     ids, position = prompt_ids, positions(prompt_mask)
-    lean = fast.supports(model)
-    cache = fast.Cache(model, B, P + max_new_tokens, device) if lean else DynamicCache(config=model.config)
-    for t in range(max_new_tokens):
-        with autocast(device):
-            if lean:
-                hidden = fast.hidden_states(model.transformer, ids, mask[:, :P + t], position, cache)
-                logits = model.lm_head(hidden[:, -1])
-            else:
-                logits = model(input_ids=ids, attention_mask=mask[:, :P + t].long(), position_ids=position,
-                               past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        token = next_token(logits, uniforms[:, t], temperature, top_p)
-        response_ids[:, t] = torch.where(alive, token, pad_id)
-        response_mask[:, t] = alive
+    cache = fast.Cache(model, B, P + T, device) if fast.supports(model) else DynamicCache(config=model.config)
+    for t in range(T):
+        logits = next_logits(model, ids, mask[:, :P + t], position, cache)
+        if t == 0 and N > B:  # all k responses of a prompt share its one pass
+            cache.batch_repeat_interleave(N // B)
+            logits, mask, position = (x.repeat_interleave(N // B, 0) for x in (logits, mask, position))
+        token = next_token(logits, uniforms[rows, t], temperature, top_p)
+        response_ids[rows, t] = torch.where(alive, token, pad_id)
+        response_mask[rows, t] = alive
         alive = alive & (token != eos_id)
-        if not alive.any():
-            break
         ids, position = token[:, None], position[:, -1:] + 1
-    return response_ids[:, :t + 1], response_mask[:, :t + 1]
+        if t % 4 == 3 and 2 * (n_alive := int(alive.sum())) <= len(rows):  # asking a GPU makes it wait: not every step
+            if n_alive == 0:
+                break
+            keep = alive.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            rows, alive, mask, ids, position = rows[keep], alive[keep], mask[keep], ids[keep], position[keep]
+    longest = int(response_mask.any(0).sum())
+    return response_ids[:, :longest], response_mask[:, :longest]
 
 
-def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_p=1.0, generator=None):
-    """B prompt texts -> (B response texts, (B,) bool: did it end by EOS, the Batch of ids)."""
+def next_logits(model, ids, mask, position, cache):
+    """Logits after the last of some new ids: (B, n) ids, (B, L) mask of all columns so far -> (B, V)."""
+    with autocast(ids.device):
+        if fast.supports(model):
+            return model.lm_head(fast.hidden_states(model.transformer, ids, mask, position, cache)[:, -1])
+        return model(input_ids=ids, attention_mask=mask.long(), position_ids=position, past_key_values=cache,
+                     use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, top_p=1.0, generator=None, k=1):
+    """B prompt texts -> (B * k response texts, (B * k,) bool: did it end by EOS, the Batch of ids)."""
     device = next(model.parameters()).device
     prompt_ids, prompt_mask = (tensor.to(device) for tensor in pad_prompts(tokenizer, prompts))
-    uniforms = torch.rand(len(prompts), max_new_tokens, generator=generator, device=device)
+    uniforms = torch.rand(len(prompts) * k, max_new_tokens, generator=generator, device=device)
     response_ids, response_mask = sample(model, prompt_ids, prompt_mask, uniforms, tokenizer.eos_token_id,
                                          tokenizer.pad_token_id, temperature, top_p)
-    batch = Batch(prompt_ids, prompt_mask, response_ids, response_mask)
+    batch = Batch(prompt_ids.repeat_interleave(k, 0), prompt_mask.repeat_interleave(k, 0), response_ids, response_mask)
     return decode(tokenizer, response_ids, response_mask), ended(batch, tokenizer.eos_token_id), batch
 
 

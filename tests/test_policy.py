@@ -170,6 +170,21 @@ def test_a_row_draws_the_same_whatever_stands_beside_it(policy, tokenizer, monke
     assert one[0] == other[0] and one[2] == other[2]
 
 
+def test_k_responses_of_a_prompt_are_those_of_k_copies_of_it(model, tokenizer):
+    """One pass over the prompt serves all k; rows that end leave the batch; neither changes what is drawn."""
+    ids, mask = P.pad_prompts(tokenizer, PROMPTS)
+    uniforms = torch.rand(30, 16, generator=stream(0, "k"))
+    arguments = uniforms, tokenizer.eos_token_id, tokenizer.pad_token_id, 2.0
+    together = P.sample(model, ids, mask, *arguments)
+    copies = P.sample(model, ids.repeat_interleave(10, 0), mask.repeat_interleave(10, 0), *arguments)
+    alone = [P.sample(model, ids[i // 10:][:1], mask[i // 10:][:1], uniforms[i:i + 1], *arguments[1:]) for i in range(30)]
+    lengths = together[1].sum(1)
+    assert lengths.min() < 5 and lengths.max() > 8  # some rows left early, some went on
+    assert torch.equal(together[0], copies[0]) and torch.equal(together[1], copies[1])
+    for i, (row_ids, row_mask) in enumerate(alone):
+        assert together[0][i][together[1][i]].tolist() == row_ids[0][row_mask[0]].tolist()
+
+
 @pytest.mark.parametrize("uniform, token", [(0.0, 1), (0.2499, 1), (0.2501, 2), (0.999999, 2)])
 def test_tokens_of_no_probability_are_never_drawn(uniform, token):
     logits = torch.log(torch.tensor([[0.0, 0.25, 0.75, 0.0]]))
