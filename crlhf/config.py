@@ -38,7 +38,7 @@ class WorldConfig:
     train_prompts: int = knob(512, "openings PPO trains on", low=1)
     eval_prompts: int = knob(256, "held-out openings for evaluation", low=2)
     demonstrations: int = knob(6000, "reviews written by the imperfect writers, for SFT", low=1)
-    pairs: int = knob(2000, "preference pairs for the reward model", low=10)
+    pairs: int = knob(4000, "preference pairs for the reward model", low=10)
     label_flips: float = knob(0.2, "share of preference labels that are wrong", low=0, high=0.5)
     flips: str = knob("uniform", "spread wrong labels evenly, or put more on difficult prompts",
                       choices=("uniform", "difficulty"))
@@ -73,7 +73,7 @@ class ModelConfig:
 class SFTConfig:
     epochs: float = knob(5.0, "passes over the demonstrations", low=0)
     batch_size: int = knob(64, "demonstrations a step", low=1)
-    lr: float = knob(2e-3, "peak learning rate (a pretrained model wants about 1e-5)", low=0)
+    lr: float = knob(4e-3, "peak learning rate (a pretrained model wants about 1e-5)", low=0)
     warmup: float = knob(0.05, "share of the steps over which the learning rate rises", low=0, high=1)
     max_grad_norm: float = knob(1.0, "gradients longer than this are shortened to it", low=1e-9)
 
@@ -83,9 +83,9 @@ class RewardConfig:
     source: str = knob("train", "'train' a reward model on the preferences, 'gold' (embedded world), a classifier's "
                                 "Hugging Face name or folder, or FILE.py:FUNCTION")
     label: str = knob("", "classifier with several classes: the class whose log-odds are the reward")
-    epochs: float = knob(4.0, "passes over the preference pairs", low=0)
+    epochs: float = knob(3.0, "passes over the preference pairs", low=0)
     batch_size: int = knob(32, "pairs a step", low=1)
-    lr: float = knob(1e-3, "peak learning rate (a pretrained model wants about 1e-5)", low=0)
+    lr: float = knob(2e-3, "peak learning rate (a pretrained model wants about 1e-5)", low=0)
     warmup: float = knob(0.1, "share of the steps over which the learning rate rises", low=0, high=1)
     center_coef: float = knob(0.01, "weight of (r_chosen + r_rejected)^2, which keeps rewards near zero", low=0)
     max_grad_norm: float = knob(1.0, "gradients longer than this are shortened to it", low=1e-9)
@@ -120,10 +120,10 @@ class PPOConfig:
     epochs: int = knob(2, "passes over each rollout batch", low=1)
     minibatches: int = knob(4, "gradient steps a pass; must divide the batch size", low=1)
     micro_batch_size: int = knob(0, "rows per forward pass, to save memory (0: the whole minibatch)", low=0)
-    lr: float = knob(1e-3, "learning rate of the policy, decays linearly to 0 (GPT-2 sized models want about 1e-5)",
+    lr: float = knob(2e-3, "learning rate of the policy, decays linearly to 0 (GPT-2 sized models want about 1e-5)",
                      low=0)
-    critic_lr: float = knob(1e-3, "learning rate of a separate critic", low=0)
-    kl_coef: float = knob(0.05, "price of one nat of divergence from the SFT policy, per token", low=0)
+    critic_lr: float = knob(2e-3, "learning rate of a separate critic", low=0)
+    kl_coef: float = knob(0.02, "price of one nat of divergence from the SFT policy, per token", low=0)
     kl_estimator: str = knob("k1", "estimate of the KL in the per-token reward", choices=("k1", "k2", "k3"))
     gamma: float = knob(1.0, "discount", low=0, high=1)
     lam: float = knob(0.95, "lambda of generalised advantage estimation", low=0, high=1)
