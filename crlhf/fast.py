@@ -7,6 +7,8 @@ its hidden states, with or without a preallocated key-value cache. Gradients flo
 two to the same numbers.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -48,10 +50,8 @@ def norm(x, layer):
     return F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
 
 
-def gelu(x):
-    """GPT-2's tanh approximation. 1/2 (1 + tanh u) = sigmoid(2u), which is quicker where no gradient is needed."""
-    if torch.is_grad_enabled():
-        return F.gelu(x, approximate="tanh")
+def quick_gelu(x):
+    """GPT-2's tanh approximation through 1/2 (1 + tanh u) = sigmoid(2u): twice as quick as the fused one on CPUs."""
     return x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x * x * x))
 
 
@@ -80,6 +80,8 @@ def hidden_states(trunk, ids, mask, position_ids, cache=None):
     heads = trunk.config.n_head
     x = F.embedding(ids, trunk.wte.weight) + F.embedding(position_ids, trunk.wpe.weight)
     device = ids.device.type
+    # autograd would have to keep every step of quick_gelu, so it is for sampling only
+    gelu = quick_gelu if cache is not None and device == "cpu" else partial(F.gelu, approximate="tanh")
     allowed = attention_mask(mask, n, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
     for number, block in enumerate(trunk.h):
         qkv = linear(norm(x, block.ln_1), block.attn.c_attn)

@@ -182,7 +182,8 @@ def sample(model, prompt_ids, prompt_mask, uniforms, eos_id, pad_id, temperature
     alive = torch.ones(N, dtype=torch.bool, device=device)  # and of these, which have not ended
     mask = torch.cat([prompt_mask, torch.ones(B, T, dtype=torch.bool, device=device)], 1)
     ids, position = prompt_ids, positions(prompt_mask)
-    cache = fast.Cache(model, B, P + T, device) if fast.supports(model) else DynamicCache(config=model.config)
+    with autocast(device):  # decides the precision of what is kept
+        cache = fast.Cache(model, B, P + T, device) if fast.supports(model) else DynamicCache(config=model.config)
     for t in range(T):
         logits = next_logits(model, ids, mask[:, :P + t], position, cache)
         if t == 0 and N > B:  # all k responses of a prompt share its one pass

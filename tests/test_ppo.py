@@ -179,6 +179,24 @@ def test_first_minibatch_has_ratio_one_and_no_clipping(tokenizer, policy, micro)
     assert (stats[0] / n_tokens).item() == pytest.approx(-ppo.masked_mean(advantages, rollout.batch.response_mask).item(), abs=1e-4)
 
 
+def test_the_bf16_path_of_gpus_on_the_cpu(tokenizer, policy, monkeypatch):
+    """Autocast as on CUDA: sampling, rollout and the first minibatch work, and the first ratio is 1 there too."""
+    full = one_rollout(tokenizer, policy, torch.nn.Linear(32, 1))
+    used = []
+    half = lambda device: (used.append(device), torch.autocast("cpu", torch.bfloat16))[1]
+    monkeypatch.setattr("crlhf.policy.autocast", half)
+    monkeypatch.setattr("crlhf.ppo.autocast", half)
+    critic = torch.nn.Linear(32, 1)
+    rollout = one_rollout(tokenizer, policy, critic)
+    assert used and rollout.log_probs.dtype == rollout.values.dtype == torch.float32
+    same = (rollout.batch.response_ids[:, 0] == full.batch.response_ids[:, 0]).float().mean()
+    assert same > 0.8  # rounding to bf16 tips few draws
+    total, stats = ppo.minibatch_loss(policy, critic, rollout, rollout.values, rollout.values, torch.arange(16), SMALL)
+    assert stats[2] == 0 and stats[3] < 1e-4
+    total.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in policy.parameters())
+
+
 def test_minibatches_are_honoured(tokenizer, policy, monkeypatch):
     rollout = one_rollout(tokenizer, policy, None)
     sizes, real = [], ppo.minibatch_loss
