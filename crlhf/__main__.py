@@ -26,7 +26,7 @@ def read_bool(text):
 
 
 def build_parser():
-    parser = Parser(prog="python -m crlhf", allow_abbrev=False,
+    parser = Parser(prog="python -m crlhf", usage="python -m crlhf [STAGE] [--option VALUE ...]", allow_abbrev=False,
                     description="RLHF with contrastive rewards: SFT, reward model, offline baselines, PPO, comparison. "
                                 "Without a STAGE everything is run; with one, that stage and what it needs. Finished "
                                 "stages are reused, and a run that was stopped goes on where it was. Besides the "
@@ -88,7 +88,7 @@ def run(arguments):
         from .benchmark import main as run_benchmark
 
         return run_benchmark(arguments[1:])
-    if arguments[:1] == ["memory"]:
+    if arguments == ["memory"]:
         from .memory import main as show_memory
 
         return show_memory()
