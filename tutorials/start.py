@@ -1,0 +1,51 @@
+"""What all pages share: one small run that they start from, and a place for their figures.
+
+The run is the project's own pipeline with small settings, in runs/tutorial: an SFT policy, preferences, a reward
+model, offline baselines, and three PPO policies. The first page that needs it makes it (about a minute and a half
+on 2 CPU cores); after that it is reused. Delete the folder to make it again.
+"""
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from crlhf.config import Config, PPOConfig, RewardConfig, RunConfig, SFTConfig, WorldConfig
+from crlhf.pipeline import Pipeline
+
+torch.set_num_threads(1)  # models this small gain nothing from more
+
+
+def tutorial_config(out="runs/tutorial"):
+    """The default configuration, made small: a narrower model, fewer demonstrations, fewer PPO iterations."""
+    config = Config()
+    config.run = RunConfig(out=out, device="cpu", threads=1)
+    config.world = WorldConfig(train_prompts=256, eval_prompts=128, demonstrations=4000, pairs=2000, label_flips=0.1)
+    config.model.width = 48
+    config.sft = SFTConfig(epochs=3, lr=4e-3)
+    config.reward = RewardConfig(epochs=4, lr=2e-3)
+    config.ppo = PPOConfig(iterations=30, lr=2e-3)
+    return config
+
+
+@cache
+def tutorial_run(last="all"):
+    """The finished run, up to stage `last`, as a Pipeline: .model(stage), .tokenizer(), .prompts(which), .rows(...)."""
+    run = Pipeline(tutorial_config(), say=lambda text: None)
+    run.run_to(last, redo=True)
+    return run
+
+
+def show(figure, name):
+    """Keep a figure as tutorial_NAME.png; in a notebook, show it."""
+    folder = Path(os.environ.get("TUTORIAL_FIGURES", "runs/tutorial/figures"))
+    folder.mkdir(parents=True, exist_ok=True)
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
+    figure.savefig(folder / f"tutorial_{name}.png", dpi=110)
+    if "ipykernel" in __import__("sys").modules:
+        from IPython.display import display
+
+        display(figure)
+    __import__("matplotlib.pyplot").pyplot.close(figure)
