@@ -6,12 +6,14 @@ on 2 CPU cores); after that it is reused. Delete the folder to make it again.
 """
 
 import os
+import sys
 from functools import cache
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 
-from crlhf.config import Config, PPOConfig, RewardConfig, RunConfig, SFTConfig, WorldConfig
+from crlhf.config import Config, RunConfig, WorldConfig
 from crlhf.pipeline import Pipeline
 
 torch.set_num_threads(1)  # models this small gain nothing from more
@@ -23,9 +25,7 @@ def tutorial_config(out="runs/tutorial"):
     config.run = RunConfig(out=out, device="cpu", threads=1)
     config.world = WorldConfig(train_prompts=256, eval_prompts=128, demonstrations=4000, pairs=2000, label_flips=0.1)
     config.model.width = 48
-    config.sft = SFTConfig(epochs=3, lr=4e-3)
-    config.reward = RewardConfig(epochs=4, lr=2e-3)
-    config.ppo = PPOConfig(iterations=30, lr=2e-3)
+    config.sft.epochs, config.reward.epochs, config.ppo.iterations = 3, 4, 30
     return config
 
 
@@ -44,8 +44,8 @@ def show(figure, name):
     if figure.get_layout_engine() is None:
         figure.tight_layout()
     figure.savefig(folder / f"tutorial_{name}.png", dpi=110)
-    if "ipykernel" in __import__("sys").modules:
+    if "ipykernel" in sys.modules:
         from IPython.display import display
 
         display(figure)
-    __import__("matplotlib.pyplot").pyplot.close(figure)
+    plt.close(figure)
