@@ -29,19 +29,27 @@ def summarise(results, judges, deciding):
 
 def table(summary, judges, n):
     """A Markdown table that also reads well in a terminal."""
-    header = ["method", *judges, "KL (nats)", "ended", "win / tie / loss vs SFT", "difference to plain PPO"]
+    header = ["method", *judges, "KL (nats)", "ended", "vs SFT: win / tie / loss", "vs plain PPO: win / tie / loss",
+              "minus plain PPO"]
     lines = []
     for method, entry in summary["methods"].items():
         versus, plain = entry.get("against_sft"), entry.get("against_ppo")
         lines.append([TITLES[method], *(pm(entry[name]) for name in (*judges, "kl")), f"{entry['ended']:.0%}",
-                      f"{versus['win']:.0%} / {versus['tie']:.0%} / {versus['loss']:.0%}" if versus else "",
-                      pm(plain["difference"], sign=True) if plain else ""])
+                      shares(versus), shares(plain), pm(plain["difference"], sign=True) if plain else ""])
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
     rule = ["-" * width for width in widths]
     body = "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
                      for line in [header, rule, *lines])
-    return (f"{body}\n\n{n} held-out prompts, one response each; ± is a 95% interval over prompts, for this one training "
-            f"seed. {summary['judge']} decides wins.")
+    return (f"{body}\n\n{n} held-out prompts, one response each. ± and [ ] are 95% intervals over prompts, for this one "
+            f"training seed. {summary['judge']} decides wins.")
+
+
+def shares(comparison):
+    """'55% [49, 61] / 27% / 18%': wins with their Wilson interval, ties, losses."""
+    if comparison is None:
+        return ""
+    low, high = comparison["win_interval"]
+    return f"{comparison['win']:.0%} [{100 * low:.0f}, {100 * high:.0f}] / {comparison['tie']:.0%} / {comparison['loss']:.0%}"
 
 
 def pm(mean_and_half, sign=False):
