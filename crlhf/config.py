@@ -120,9 +120,9 @@ class PPOConfig:
     epochs: int = knob(2, "passes over each rollout batch", low=1)
     minibatches: int = knob(4, "gradient steps a pass; must divide the batch size", low=1)
     micro_batch_size: int = knob(0, "rows per forward pass, to save memory (0: the whole minibatch)", low=0)
-    lr: float = knob(2e-3, "learning rate of the policy, decays linearly to 0 (GPT-2 sized models want about 1e-5)",
+    lr: float = knob(1e-3, "learning rate of the policy, decays linearly to 0 (GPT-2 sized models want about 1e-5)",
                      low=0)
-    critic_lr: float = knob(2e-3, "learning rate of a separate critic", low=0)
+    critic_lr: float = knob(1e-3, "learning rate of a separate critic", low=0)
     kl_coef: float = knob(0.02, "price of one nat of divergence from the SFT policy, per token", low=0)
     kl_estimator: str = knob("k1", "estimate of the KL in the per-token reward", choices=("k1", "k2", "k3"))
     gamma: float = knob(1.0, "discount", low=0, high=1)

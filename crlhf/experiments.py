@@ -23,6 +23,7 @@ from .config import Config, UserError
 from .evaluate import mean_interval
 from .runs import progress, read_jsonl, write_atomic
 
+SHARES = ("win", "tie", "loss")
 UPSTREAM = ("data", "sft", "preferences", "reward")  # what all runs of one seed share
 
 
@@ -107,7 +108,7 @@ def compare(folder, figures, seeds=range(8)):
         for method, entry in summary.items():
             finals.append({"prompt_bias": float(variant[4:]), "method": method, "seed": seed, "gold": entry["gold"][0],
                            "reward": entry["reward"][0], "kl": entry["kl"][0],
-                           **{share: entry["against_sft"][share] if method != "sft" else "" for share in ("win", "tie", "loss")}})
+                           **{share: entry["against_sft"][share] if method != "sft" else "" for share in SHARES}})
             if method != "sft":
                 curves += [{"prompt_bias": float(variant[4:]), "method": method, "seed": seed, "iteration": row["iteration"],
                             "gold": row["gold"], "kl": row["kl"]} for row in read_jsonl(run / method / "metrics.jsonl")]
@@ -127,8 +128,7 @@ def compare_table(finals):
             rows = [row for row in finals if row["prompt_bias"] == bias and row["method"] == method]
             mean, half = mean_interval([row["gold"] for row in rows])
             gap = "%+.3f ± %.3f" % mean_interval([row["gold"] - plain[row["seed"]] for row in rows])
-            shares = " / ".join(f"{sum(row[s] for row in rows) / len(rows):.0%}" for s in ("win", "tie", "loss")) \
-                if method != "sft" else ""
+            shares = " / ".join(f"{sum(row[s] for row in rows) / len(rows):.0%}" for s in SHARES) if method != "sft" else ""
             kl = sum(row["kl"] for row in rows) / len(rows)
             lines.append(f"| {bias:g} | {method} | {mean:.3f} ± {half:.3f} | {gap if method not in ('ppo', 'sft') else ''} "
                          f"| {kl:.1f} | {shares} |")

@@ -52,7 +52,8 @@ def training_bytes(config, rows, prompt_tokens, response_tokens, separate_critic
 
 def main(rows=8, prompt_tokens=256, response_tokens=128):
     """Print the table of the README."""
-    print("| model | parameters | weights and optimisers | forward and backward | together |\n| --- | --- | --- | --- | --- |")
+    print("| model | parameters | weights and optimisers | forward and backward | together |")
+    print("| --- | --- | --- | --- | --- |")
     for name, config in configs().items():
         fixed, moving = training_bytes(config, rows, prompt_tokens, response_tokens)
         print(f"| {name} | {count_parameters(config) / 1e6:.0f}M | {fixed / GB:.1f} GB | {moving / GB:.1f} GB "

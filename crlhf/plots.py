@@ -108,13 +108,14 @@ def compare(curves, finals, path):
     for axis, bias in zip(np.atleast_1d(axes), biases):
         for method in ("ppo", "contrastive", "adaptive"):
             label, colour, style = STYLES[method]
-            seeds = [[row["gold"] for row in curves if (row["prompt_bias"], row["method"], row["seed"]) == (bias, method, s)]
-                     for s in sorted({row["seed"] for row in curves})]
+            mine = [row for row in curves if (row["prompt_bias"], row["method"]) == (bias, method)]
+            seeds = [[row["gold"] for row in mine if row["seed"] == seed] for seed in sorted({row["seed"] for row in mine})]
             smoothed = np.array([smooth(seed) for seed in seeds])
             means, halves = np.array([mean_interval(column) for column in smoothed.T]).T
             axis.plot(means, color=colour, linestyle=style, label=label, linewidth=1.8)
             axis.fill_between(np.arange(len(means)), means - halves, means + halves, color=colour, alpha=0.15, linewidth=0)
-        pick = lambda method: np.array([row["gold"] for row in finals if (row["prompt_bias"], row["method"]) == (bias, method)])
+        ends = [row for row in finals if row["prompt_bias"] == bias]
+        pick = lambda method: np.array([row["gold"] for row in ends if row["method"] == method])
         gap, half = mean_interval(pick("contrastive") - pick("ppo"))
         axis.axhline(pick("sft").mean(), color=STYLES["sft"][1], linestyle=":", label="SFT")
         axis.set(title=f"rater bias per prompt: sd {bias:g}\ncontrastive ends {gap:+.2f} ± {half:.2f} from plain",

@@ -149,8 +149,9 @@ def checked(reward, name):
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"reward '{name}' fails with {described(error, name.rpartition(':')[0])}: return one number for each of the "
-                            f"{len(prompts)} responses") from None
+            what = described(error, name.rpartition(":")[0])
+            raise UserError(f"reward '{name}' fails with {what}: return one number for each of the {len(prompts)} "
+                            "responses") from None
         if rewards.shape != (len(prompts),):
             raise UserError(f"reward '{name}' returned shape {tuple(rewards.shape)} for {len(prompts)} responses: "
                             f"return one number for each")

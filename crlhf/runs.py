@@ -131,7 +131,8 @@ def load_state(path, device="cpu"):
 
 def progress(total, title, start=0):
     """A progress bar with rate and time left; silent where the output is no terminal."""
-    return tqdm(total=total, initial=start, desc=f"  {title}", disable=None if is_writer() else True, leave=False, dynamic_ncols=True)
+    silent = None if is_writer() else True  # None: tqdm itself is silent where the output is no terminal
+    return tqdm(total=total, initial=start, desc=f"  {title}", disable=silent, leave=False, dynamic_ncols=True)
 
 
 def batches(rows, size, title):

@@ -57,7 +57,8 @@ def test_artefacts_are_what_the_ecosystem_loads(finished, tmp_path):
 def test_the_report_holds_table_samples_and_figures(finished):
     out, _ = finished
     report = (out / "report.md").read_text()
-    for words in ("plain PPO", "contrastive PPO", "adaptive", "DPO", "vs SFT: win / tie / loss", "vs plain PPO: win / tie / loss", "±", "% [", "```text\nprompt: "):
+    for words in ("plain PPO", "contrastive PPO", "adaptive", "DPO", "vs SFT: win / tie / loss",
+                  "vs plain PPO: win / tie / loss", "±", "% [", "```text\nprompt: "):
         assert words in report
     for name in ("learning", "variance", "difficulty"):
         assert f"(figures/{name}.png)" in report and (out / "figures" / f"{name}.png").stat().st_size > 10_000

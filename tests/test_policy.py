@@ -82,7 +82,8 @@ def test_lean_forward_and_its_gradients_equal_the_library(policy, tokenizer, mon
 def test_cached_sampling_draws_from_the_log_probs_it_reports(model, tokenizer):
     """Greedy-like sampling at a tiny temperature must take the argmax of the uncached forward, with padding."""
     ids, mask = P.pad_prompts(tokenizer, PROMPTS)
-    response_ids, response_mask = draw(model, ids, mask, 12, stream(0, "greedy"), tokenizer.eos_token_id, tokenizer.pad_token_id, temperature=1e-3)
+    response_ids, response_mask = draw(model, ids, mask, 12, stream(0, "greedy"),
+                                       tokenizer.eos_token_id, tokenizer.pad_token_id, temperature=1e-3)
     for row, prompt in enumerate(PROMPTS):
         prefix = tokenizer(prompt)["input_ids"]
         for token in response_ids[row][response_mask[row]].tolist():
@@ -99,7 +100,8 @@ def test_sampling_frequencies_match_the_models_probabilities(model, tokenizer):
     prompt, n = "the plot was dull .", 20_000
     ids, mask = P.pad_prompts(tokenizer, [prompt, PROMPTS[1]])
     rows = torch.zeros(n, dtype=torch.long)
-    response_ids, response_mask = draw(model, ids[rows], mask[rows], 2, stream(1, "chi"), tokenizer.eos_token_id, tokenizer.pad_token_id, temperature=0.7)
+    response_ids, response_mask = draw(model, ids[rows], mask[rows], 2, stream(1, "chi"),
+                                       tokenizer.eos_token_id, tokenizer.pad_token_id, temperature=0.7)
 
     def check(tokens, prefix):
         with torch.no_grad():
@@ -122,7 +124,8 @@ def test_sampling_frequencies_match_the_models_probabilities(model, tokenizer):
 
 def test_rows_stop_at_eos_and_the_mask_includes_it(policy, tokenizer):
     ids, mask = P.pad_prompts(tokenizer, PROMPTS * 40)
-    response_ids, response_mask = draw(policy, ids, mask, 16, stream(0, "eos"), tokenizer.eos_token_id, tokenizer.pad_token_id, temperature=3.0)
+    response_ids, response_mask = draw(policy, ids, mask, 16, stream(0, "eos"),
+                                       tokenizer.eos_token_id, tokenizer.pad_token_id, temperature=3.0)
     eos, stopped = tokenizer.eos_token_id, 0
     for row_ids, row_mask in zip(response_ids.tolist(), response_mask.tolist()):
         length = sum(row_mask)
