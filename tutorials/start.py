@@ -26,6 +26,7 @@ def tutorial_config(out="runs/tutorial"):
     config.world = WorldConfig(train_prompts=256, eval_prompts=128, demonstrations=4000, pairs=2000, label_flips=0.1)
     config.model.width = 48
     config.sft.epochs, config.reward.epochs, config.ppo.iterations = 3, 4, 30
+    config.ppo.lr = config.ppo.critic_lr = 2e-3  # few iterations, so larger steps
     return config
 
 
