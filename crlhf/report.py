@@ -62,7 +62,7 @@ def samples_text(results, deciding, n):
     lines = []
     for i in range(min(n, len(results["sft"]))):
         lines += ["", f"prompt: {results['sft'][i]['prompt'].strip()}"]
-        lines += [f"  {TITLES[method]:<26} {rows[i][deciding]:+.2f}  {rows[i]['response'].strip()}"
+        lines += [f"  {TITLES[method]:<26} {rows[i][deciding]:+.2f}  {rows[i]['response'].strip() or '(nothing)'}"
                   for method, rows in results.items()]
     return "\n".join(lines)
 
