@@ -8,13 +8,14 @@ generations a prompt, once, before PPO starts:
 The rows {prompt, responses, ended, rewards} are kept as baselines.jsonl, which `datasets` loads.
 """
 
+import json
 from pathlib import Path
 
 import torch
 
 from .distributed import shared_map
 from .policy import generate
-from .runs import progress, read_jsonl, stream, write_jsonl
+from .runs import append_jsonl, progress, read_jsonl, stream, write_jsonl
 
 
 def sample_baselines(policy, tokenizer, reward, prompts, config, max_response_tokens, seed, partial=None):
@@ -36,19 +37,22 @@ def sample_baselines(policy, tokenizer, reward, prompts, config, max_response_to
                  "rewards": rewards[i:i + config.k]} for i in range(0, len(repeated), config.k)]
 
     rows = whole_batches(partial, group) if partial else []
+    if partial:
+        write_jsonl(partial, rows)  # without what a kill left of an unfinished batch
     with progress(len(prompts), "baselines", len(rows)) as bar:
         for new in shared_map(sample_group, range(len(rows), len(prompts), group)):
             rows += new
             if partial:
-                write_jsonl(partial, rows)
+                append_jsonl(partial, new)
             bar.update(len(new))
     return rows
 
 
 def whole_batches(partial, group):
     """Rows of an interrupted sampling, up to the last whole batch of `group` prompts."""
-    rows = read_jsonl(partial) if Path(partial).exists() else []
-    return rows[:len(rows) // group * group]
+    lines = Path(partial).read_text(encoding="utf-8").split("\n") if Path(partial).exists() else [""]
+    whole = lines[:-1]  # what stands after the last line end was cut off in the middle
+    return [json.loads(line) for line in whole[:len(whole) // group * group]]
 
 
 def save_baselines(folder, rows):

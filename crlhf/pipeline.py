@@ -161,13 +161,13 @@ class Pipeline:
         return {"max_response_tokens": self.config.data.max_response_tokens, "seed": run.seed,
                 "checkpoint_seconds": run.checkpoint_seconds}
 
-    def reward_callable(self, spec, stage_folder=None):
+    def reward_callable(self, spec):
         """'train', 'gold', FILE.py:FUNCTION or a classifier, as a reward callable."""
         if spec == "gold":
             return reviews.gold_reward
         if ".py:" in spec:
             return load_function_reward(spec)
-        name = str(stage_folder or self.run.path("reward")) if spec == "train" else spec
+        name = str(self.run.path("reward")) if spec == "train" else spec
         return checked(load_model_reward(name, self.device, self.config.data.max_response_tokens,
                                          self.config.reward.label), spec)
 

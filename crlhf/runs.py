@@ -76,6 +76,13 @@ def write_jsonl(path, rows):
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def append_jsonl(path, rows):
+    """Add rows to the end of a file. A kill may leave the last line unfinished: whoever reads it must expect that."""
+    if is_writer():
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def read_jsonl(path):
     """Rows of a file that a stage wrote. If someone took it away, its stage has to be done again."""
     try:

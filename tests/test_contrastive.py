@@ -1,5 +1,7 @@
 """Contrastive rewards and baselines: closed forms, and the theory simulated on worlds small enough to know."""
 
+import json
+
 import pytest
 import torch
 
@@ -163,6 +165,9 @@ def test_interrupted_sampling_goes_on_to_the_same_rows(policy, tokenizer, tmp_pa
     arguments = prompts, BaselineConfig(k=2, batch_size=4), 10, 0
     with pytest.raises(KeyboardInterrupt):
         sample_baselines(policy, tokenizer, reward, *arguments, partial=tmp_path / "part.jsonl")
+    with open(tmp_path / "part.jsonl", "a") as file:
+        file.write('{"prompt": "the ending was du')  # a kill in the middle of a line
     rows = sample_baselines(policy, tokenizer, reward, *arguments, partial=tmp_path / "part.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "part.jsonl").read_text().splitlines()] == rows
     assert calls == [4, 4, 2, 2]  # two whole batches were kept, the third was done again
     assert rows == sample_baselines(policy, tokenizer, reward, *arguments)
