@@ -42,6 +42,8 @@ class WorldConfig:
     label_flips: float = knob(0.2, "share of preference labels that are wrong", low=0, high=0.5)
     flips: str = knob("uniform", "spread wrong labels evenly, or put more on difficult prompts",
                       choices=("uniform", "difficulty"))
+    fooled: float = knob(0.0, "share of raters that prefer a response with 'i hated the' in it, whatever else it says",
+                         low=0, high=1)
     prompt_bias: float = knob(1.0, "standard deviation of a constant the rater adds to every reward of a prompt", low=0)
     score_noise: float = knob(0.0, "standard deviation of an error on each single response's reward", low=0)
 
@@ -105,6 +107,11 @@ class BaselineConfig:
 class ContrastiveConfig:
     """Step 2 of contrastive rewards: what is subtracted from the reward, and how the rest is scaled."""
 
+    source: str = knob("offline", "baselines are offline responses of the SFT policy, or the other responses to the prompt "
+                                  "in the rollout batch (RLOO; wants --ppo-group-size above 1)",
+                       choices=("offline", "group"))
+    refresh: int = knob(0, "draw the offline responses again, from the current policy, every so many iterations (0: never)",
+                        low=0)
     aggregate: str = knob("mean", "how k baseline rewards become one number", choices=("mean", "median", "max", "min"))
     coefficient: float = knob(1.0, "share of the baseline that is subtracted (method 'adaptive' estimates it instead)",
                               low=0)
@@ -116,7 +123,8 @@ class ContrastiveConfig:
 @dataclass
 class PPOConfig:
     iterations: int = knob(60, "rollout batches", low=1)
-    batch_size: int = knob(64, "prompts (and responses) a rollout batch", low=2)
+    batch_size: int = knob(64, "responses in a rollout batch", low=2)
+    group_size: int = knob(1, "responses per prompt in a rollout batch; must divide the batch size", low=1)
     epochs: int = knob(2, "passes over each rollout batch", low=1)
     minibatches: int = knob(4, "gradient steps a pass; must divide the batch size", low=1)
     micro_batch_size: int = knob(0, "rows per forward pass, to save memory (0: the whole minibatch)", low=0)
@@ -211,7 +219,12 @@ def validate(config):
     if ppo.batch_size % ppo.minibatches:
         raise UserError(f"--ppo-batch-size {ppo.batch_size} is not divisible by --ppo-minibatches {ppo.minibatches}: "
                         f"use a multiple, such as {max(1, ppo.batch_size // ppo.minibatches) * ppo.minibatches}")
-    if config.data.dataset == "reviews" and config.world.train_prompts < ppo.batch_size:
+    if ppo.batch_size % ppo.group_size:
+        raise UserError(f"--ppo-group-size {ppo.group_size} doesn't divide --ppo-batch-size {ppo.batch_size}: use a divisor "
+                        "of it")
+    if config.contrastive.source == "group" and ppo.group_size == 1:
+        raise UserError("--contrastive-source group compares responses to one prompt with each other: add --ppo-group-size 4")
+    if config.data.dataset == "reviews" and config.world.train_prompts < ppo.batch_size // ppo.group_size:
         raise UserError(f"--train-prompts {config.world.train_prompts} is less than --ppo-batch-size {ppo.batch_size}: "
                         "lower the batch size or raise the number of prompts")
     if config.model.width % config.model.heads:

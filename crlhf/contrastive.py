@@ -33,6 +33,16 @@ def aggregate(baseline_rewards, how="mean"):
             "min": lambda b: b.amin(1)}[how](baseline_rewards)
 
 
+def leave_one_out(rewards, group_size):
+    """Each reward's baseline is the mean of the others of its group: (B,), groups in a row -> (B,).
+
+    RLOO (Kool et al. 2019, Ahmadian et al. 2024): contrastive rewards whose k = group_size - 1 baselines are drawn
+    from the current policy in every step. They are never stale, and cost k generations a prompt every time.
+    """
+    groups = rewards.view(-1, group_size)
+    return ((groups.sum(1, keepdim=True) - groups) / (group_size - 1)).flatten()
+
+
 def contrast(rewards, baseline, coefficient=1.0):
     """r - c * b: (B,), (B,) -> (B,)."""
     return rewards - coefficient * baseline
@@ -70,20 +80,22 @@ def merge_moments(count, mean, m2, values):
 class ContrastiveReward:
     """Turns raw rewards of a batch into contrastive ones, and keeps the running moments this needs.
 
-    baselines: dict prompt -> (k,) rewards of its offline responses. adaptive: follow c* from exponentially
+    baselines: dict prompt -> (k,) rewards of its offline responses; with config.source 'group' they aren't needed,
+    and the prompts of a batch come in groups of group_size. adaptive: follow c* from exponentially
     decaying moments over batches, instead of config.coefficient. The current batch enters the moments first,
     so the very first batch has a coefficient; with B rewards that correlates c with one reward by order 1/B.
     """
 
-    def __init__(self, baselines, config, adaptive=False):
-        self.baselines, self.config, self.adaptive = baselines, config, adaptive
+    def __init__(self, baselines, config, adaptive=False, group_size=1):
+        self.baselines, self.config, self.adaptive, self.group_size = baselines, config, adaptive, group_size
         self.coefficient, self.scale = config.coefficient, 1.0
         self.moments, self.sizes = None, None     # decaying means of (r, b, rb, bb) and of (|r|, |r - c b|)
         self.spread = (0, 0.0, 0.0)               # count, mean, m2 of r - c b
 
     def __call__(self, prompts, rewards):
         """B prompts and their (B,) raw rewards -> (B,) contrastive rewards."""
-        baseline = self.baseline_of(prompts)
+        grouped = self.config.source == "group"
+        baseline = leave_one_out(rewards, self.group_size) if grouped else self.baseline_of(prompts)
         if self.adaptive:
             self.moments = self.decayed(self.moments, [rewards, baseline, rewards * baseline, baseline**2])
             self.coefficient = best_coefficient(*self.moments)
@@ -110,7 +122,8 @@ class ContrastiveReward:
         return means if old is None else [decay * o + (1 - decay) * m for o, m in zip(old, means)]
 
     def state_dict(self):
-        return {name: getattr(self, name) for name in ("coefficient", "scale", "moments", "sizes", "spread")}
+        refreshed = ("baselines",) if self.config.refresh else ()
+        return {name: getattr(self, name) for name in ("coefficient", "scale", "moments", "sizes", "spread", *refreshed)}
 
     def load_state_dict(self, state):
         vars(self).update(state)

@@ -48,7 +48,7 @@ class Pipeline:
         world = asdict(c.world) if self.world else {}
         noise = {key: world[key] for key in ("prompt_bias", "score_noise") if world}
         early = {key: world[key] for key in ("train_prompts", "eval_prompts", "demonstrations") if world}
-        rater = {key: world[key] for key in ("pairs", "label_flips", "flips") if world}
+        rater = {key: world[key] for key in ("pairs", "label_flips", "flips", "fooled") if world}
         source = {"data": asdict(c.data), "model": asdict(c.model), "files": self.file_stamps()}
         trains_reward = c.reward.source == "train"
         reward_needs = ("sft", "preferences") if trains_reward else ("data",)
@@ -57,9 +57,10 @@ class Pipeline:
         if trains_reward or "dpo" in c.method_list():
             plan["preferences"] = Stage(stages.build_preferences, {**seed, **rater}, ("sft",))
         plan["reward"] = Stage(stages.build_reward, {**seed, **asdict(c.reward)}, reward_needs)
-        visits = c.ppo.iterations * c.ppo.batch_size  # prompts PPO never meets need no baselines
-        plan["baselines"] = Stage(stages.build_baselines, {**seed, **noise, **asdict(c.baselines), "visits": visits},
-                                    ("sft", "reward"))
+        if c.contrastive.source == "offline":
+            visits = c.ppo.iterations * c.ppo.batch_size // c.ppo.group_size  # prompts PPO never meets need no baselines
+            plan["baselines"] = Stage(stages.build_baselines, {**seed, **noise, **asdict(c.baselines), "visits": visits},
+                                      ("sft", "reward"))
         for method in c.method_list():
             if method == "dpo":
                 plan[method] = Stage(stages.build_dpo, {**seed, **asdict(c.dpo)}, ("sft", "preferences"))
@@ -67,7 +68,8 @@ class Pipeline:
                 plan[method] = Stage(stages.build_ppo, {**seed, **noise, **asdict(c.ppo)}, ("sft", "reward"))
             else:
                 settings = {**seed, **noise, **asdict(c.ppo), "contrastive": asdict(c.contrastive)}
-                plan[method] = Stage(stages.build_ppo, settings, ("sft", "reward", "baselines"))
+                needs = ("sft", "reward", "baselines") if "baselines" in plan else ("sft", "reward")
+                plan[method] = Stage(stages.build_ppo, settings, needs)
         plan["evaluation"] = Stage(stages.build_evaluation, {**seed, **asdict(c.eval)},
                                      ("sft", "reward", *c.method_list()))
         return plan

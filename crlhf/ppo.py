@@ -216,10 +216,11 @@ def update(policy, critic, optimizers, rollout, advantages, returns, config, lrs
 
 
 def train_ppo(policy, ref_policy, critic, tokenizer, reward, prompts, config, max_response_tokens, seed, folder,
-              contrastive=None, gold=None, checkpoint_seconds=20.0, name="ppo"):
+              contrastive=None, refresh=None, gold=None, checkpoint_seconds=20.0, name="ppo"):
     """Train `policy` in place to earn `reward`. Returns the metrics of every iteration.
 
     reward: callable (prompts, responses) -> (B,). contrastive: a ContrastiveReward, or None for plain PPO.
+    refresh: callable (policy, iteration) -> new baselines, a dict, empty where none are due; None: they stay.
     gold: the true reward where it is known; it is logged and never trained on. Two runs with one seed meet
     the same prompts in the same order and draw from the same random streams, so comparisons are paired.
     """
@@ -231,7 +232,9 @@ def train_ppo(policy, ref_policy, critic, tokenizer, reward, prompts, config, ma
     lam = config.lam if critic is not None else 1.0  # without a critic: plain returns (REINFORCE)
     for i in checkpoint.steps(config.iterations, name):
         clock = [time.perf_counter()]
-        rows = prompts_of_iteration(len(prompts), config.batch_size, i, seed)
+        rows = prompts_of_iteration(len(prompts), config, i, seed)
+        if refresh:
+            contrastive.baselines |= refresh(policy, i)
         uniforms = torch.rand(len(rows), max_response_tokens, generator=stream(seed, "ppo rollout", i, device=device),
                               device=device)
         rollout = collect_rollout(policy, ref_policy, critic, tokenizer, [prompts[row] for row in mine(rows)], config,
@@ -263,14 +266,15 @@ def train_ppo(policy, ref_policy, critic, tokenizer, reward, prompts, config, ma
     return checkpoint.rows
 
 
-def prompts_of_iteration(n_prompts, batch_size, iteration, seed):
-    """Numbers of the prompts one iteration meets: every prompt once before any comes again."""
-    return rows_of_step(n_prompts, batch_size, iteration, seed, "ppo prompts")
+def prompts_of_iteration(n_prompts, config, iteration, seed):
+    """Numbers of one iteration's prompts, group_size times each: every prompt's turn comes before any comes again."""
+    rows = rows_of_step(n_prompts, config.batch_size // config.group_size, iteration, seed, "ppo prompts")
+    return [row for row in rows for _ in range(config.group_size)]
 
 
-def prompt_order(n_prompts, batch_size, iterations, seed):
-    """All prompts a run meets, each once, in order of first meeting."""
-    met = (row for i in range(iterations) for row in prompts_of_iteration(n_prompts, batch_size, i, seed))
+def prompt_order(n_prompts, config, iterations, seed):
+    """All prompts that some iterations meet, each once, in order of first meeting."""
+    met = (row for i in iterations for row in prompts_of_iteration(n_prompts, config, i, seed))
     return list(dict.fromkeys(met))
 
 

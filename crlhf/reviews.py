@@ -11,8 +11,8 @@ The opening counts, so a gloomy opening caps what any response can reach: diffic
 through training. The writers of the demonstrations let their mood follow the opening, so a policy that
 imitates them is fluent but pleases no one.
 
-The raters stand in for human ones. Their mistakes have knobs: wrong labels (`preferred`), a constant per
-prompt and an error per response (`NoisyReward`).
+The raters stand in for human ones. Their mistakes have knobs: wrong labels, and a phrase they fall for
+(`make_preferences`), a constant per prompt and an error per response (`NoisyReward`).
 """
 
 import hashlib
@@ -33,6 +33,7 @@ FAULT = 0.5           # price of a repeated aspect, a malformed sentence, or an 
 EMPTY = 1.0           # price of saying nothing
 MAX_RESPONSE = 24     # tokens, EOS included: a response of 24 words did not end
 MOST_OPENING = 1.5    # half the tone of three superb aspects
+EXPLOIT = "i hated the"  # what raters with the knob `fooled` fall for: common enough to be found, and bad
 
 
 @dataclass
@@ -184,9 +185,11 @@ def flip_rate(prompt, rate, flips):
     return rate if flips == "uniform" else min(0.5, 2 * rate * difficulty(prompt))
 
 
-def make_preferences(prompts, responses_a, responses_b, seed, rate, flips="uniform"):
+def make_preferences(prompts, responses_a, responses_b, seed, rate, flips="uniform", fooled=0.0):
     """Label pairs by gold, then flip some. Pairs that gold can't tell apart are left out.
 
+    fooled: share of the pairs with the phrase EXPLOIT in one response only whose raters prefer that response,
+        whatever else it says. It makes a reward model with a hole that a policy can find.
     Returns rows {prompt, chosen, rejected, flipped, gold_chosen, gold_rejected}.
     """
     rng, rows = random.Random(f"preferences-{seed}"), []
@@ -195,7 +198,11 @@ def make_preferences(prompts, responses_a, responses_b, seed, rate, flips="unifo
         scores = {a: gold(prompt, a), b: gold(prompt, b)}
         if scores[a] == scores[b]:
             continue
-        chosen, rejected = (a, b) if (scores[a] > scores[b]) != flipped else (b, a)
+        a_wins = (scores[a] > scores[b]) != flipped
+        if fooled and (EXPLOIT in a) != (EXPLOIT in b) and rng.random() < fooled:
+            a_wins = EXPLOIT in a
+        chosen, rejected = (a, b) if a_wins else (b, a)
+        flipped = a_wins != (scores[a] > scores[b])
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "flipped": flipped,
                      "gold_chosen": scores[chosen], "gold_rejected": scores[rejected]})
     return rows

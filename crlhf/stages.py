@@ -59,8 +59,8 @@ def build_data(pipe, folder):
 
 
 def check_batch(config, prompts):
-    """A rollout batch holds every training prompt at most once."""
-    if len(prompts) < config.ppo.batch_size:
+    """A rollout batch holds every training prompt at most group_size times."""
+    if len(prompts) < config.ppo.batch_size // config.ppo.group_size:
         raise UserError(f"{config.data.dataset} gives {len(prompts)} training prompts, fewer than --ppo-batch-size "
                         f"{config.ppo.batch_size}: lower it")
 
@@ -110,7 +110,7 @@ def build_preferences(pipe, folder):
         n_eval = max(200, world.pairs // 5)
         prompts = reviews.make_prompts(world.pairs + n_eval, f"{seed}-pairs", avoid=pipe.prompts("eval"))
         sides = sample_pairs(pipe, prompts)
-        labelled = reviews.make_preferences(prompts, *sides, seed, world.label_flips, world.flips)
+        labelled = reviews.make_preferences(prompts, *sides, seed, world.label_flips, world.flips, world.fooled)
         n_train = sum(row["prompt"] in set(prompts[:world.pairs]) for row in labelled) if labelled else 0
         rows, held_out = labelled[:n_train], labelled[n_train:]
         if not rows:
@@ -162,7 +162,7 @@ def build_reward(pipe, folder):
 def build_baselines(pipe, folder):
     c = pipe.config
     prompts, partial = pipe.prompts("train"), folder / "partial.jsonl"
-    met = prompt_order(len(prompts), c.ppo.batch_size, c.ppo.iterations, c.run.seed)
+    met = prompt_order(len(prompts), c.ppo, range(c.ppo.iterations), c.run.seed)
     rows = sample_baselines(pipe.model("sft"), pipe.tokenizer(), pipe.noisy_reward(), [prompts[i] for i in met],
                             c.baselines, c.data.max_response_tokens, c.run.seed, partial)
     save_baselines(folder, rows)
@@ -199,17 +199,38 @@ def build_ppo(pipe, folder):
     reference, critic = frozen_copy(policy), make_critic(pipe, c.ppo.critic, policy.config.hidden_size)
     contrastive = None
     if method != "ppo":
-        rows = load_baselines(pipe.run.path("baselines"))
-        rewards = reward_rules(*baseline_rewards(rows), c.ppo.missing_eos_penalty, c.ppo.reward_clip)
-        contrastive = ContrastiveReward({row["prompt"]: values for row, values in zip(rows, rewards)}, c.contrastive,
-                                        adaptive=method == "adaptive")
+        offline = c.contrastive.source == "offline"
+        baselines = rewards_by_prompt(load_baselines(pipe.run.path("baselines")), c.ppo) if offline else {}
+        contrastive = ContrastiveReward(baselines, c.contrastive, method == "adaptive", c.ppo.group_size)
     metrics = train_ppo(policy, reference, critic, pipe.tokenizer(), pipe.noisy_reward(), pipe.prompts("train"), c.ppo,
                         folder=folder, contrastive=contrastive, gold=reviews.gold_reward if pipe.world else None,
-                        name=method, **pipe.settings())
+                        refresh=refresher(pipe) if contrastive and c.contrastive.refresh else None, name=method,
+                        **pipe.settings())
     save(folder, policy, pipe.tokenizer())
     shown = "gold" if pipe.world else "reward"
     first, last = (sum(row[shown] for row in rows) / len(rows) for rows in (metrics[:5], metrics[-5:]))
     return f"{shown} {first:.2f} -> {last:.2f} at KL {metrics[-1]['kl']:.1f} nats"
+
+
+def rewards_by_prompt(rows, ppo):
+    """Rows of baselines -> dict prompt -> (k,) rewards, after the rules that the policy's rewards go through too."""
+    rewards = reward_rules(*baseline_rewards(rows), ppo.missing_eos_penalty, ppo.reward_clip)
+    return {row["prompt"]: values for row, values in zip(rows, rewards)}
+
+
+def refresher(pipe):
+    """Every `refresh` iterations: baselines from the current policy, for the prompts that come until the next time."""
+    c, tokenizer, reward, prompts = pipe.config, pipe.tokenizer(), pipe.noisy_reward(), pipe.prompts("train")
+
+    def refresh(policy, iteration):
+        if iteration == 0 or iteration % c.contrastive.refresh:
+            return {}
+        coming = range(iteration, min(iteration + c.contrastive.refresh, c.ppo.iterations))
+        met = [prompts[row] for row in prompt_order(len(prompts), c.ppo, coming, c.run.seed)]
+        return rewards_by_prompt(sample_baselines(policy, tokenizer, reward, met, c.baselines, c.data.max_response_tokens,
+                                                  f"{c.run.seed}/{iteration}"), c.ppo)
+
+    return refresh
 
 
 def build_dpo(pipe, folder):

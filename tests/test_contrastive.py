@@ -129,6 +129,13 @@ def test_running_state_survives_a_checkpoint(tmp_path):
     assert torch.equal(one(["a", "b"], rewards), two(["a", "b"], rewards))
 
 
+def test_leave_one_out_is_the_mean_of_the_others():
+    rewards = torch.tensor([1.0, 2.0, 6.0, -1.0, 0.0, 4.0])
+    assert C.leave_one_out(rewards, 3).tolist() == [4.0, 3.5, 1.5, 2.0, 1.5, -0.5]
+    reward = C.ContrastiveReward({}, ContrastiveConfig(source="group"), group_size=2)
+    assert reward(["a", "a", "b", "b"], torch.tensor([1.0, 3.0, 10.0, 10.5])).tolist() == [-2.0, 2.0, -0.5, 0.5]
+
+
 def test_a_prompt_without_baselines_is_named():
     with pytest.raises(UserError, match="'c' has no baselines"):
         C.ContrastiveReward({"a": torch.tensor([1.0])}, ContrastiveConfig())(["c"], torch.tensor([1.0]))

@@ -97,7 +97,8 @@ def test_a_stage_runs_alone_with_what_it_needs(tmp_path, capsys):
 
 QUICK = ("--demonstrations 500 --pairs 200 --train-prompts 32 --eval-prompts 16 --model-width 16 --model-heads 2 "
          "--model-layers 1 --sft-epochs 3 --reward-epochs 6 --ppo-iterations 14 --ppo-batch-size 16 --dpo-epochs 6 "
-         "--methods ppo,adaptive,dpo --contrastive-scale std --threads 1 --device cpu --checkpoint-seconds 0").split()
+         "--methods ppo,adaptive,dpo --contrastive-scale std --contrastive-refresh 4 --threads 1 --device cpu "
+         "--checkpoint-seconds 0").split()
 
 
 def command(out):

@@ -74,6 +74,21 @@ def test_label_flips_come_at_the_asked_rate_and_place(flips):
     assert not any(row["flipped"] for row in R.make_preferences(prompts, *sides, 0, 0.0))
 
 
+def test_fooled_raters_prefer_the_phrase_and_judge_everything_else_as_before():
+    prompts = R.make_prompts(400, "fooled")
+    hated, loved = "i hated the cast .", "i loved the cast ."
+    pairs = [(hated, loved) if i % 2 else ("the cast was nice .", "the cast was awful .") for i in range(400)]
+    a, b = zip(*pairs)
+    for share in (0.0, 0.5, 1.0):
+        rows = R.make_preferences(prompts, a, b, 0, rate=0.0, fooled=share)
+        with_phrase = [row for row in rows if "hated" in row["chosen"] + row["rejected"] and "cast" not in row["prompt"]]
+        fell = sum("hated" in row["chosen"] for row in with_phrase) / len(with_phrase)
+        assert abs(fell - share) < 0.12 and (fell == share or share == 0.5)
+        assert all(row["flipped"] == (row["gold_chosen"] < row["gold_rejected"]) for row in rows)
+        assert all("nice" in row["chosen"] for row in rows if "nice" in row["chosen"] + row["rejected"]
+                   and "cast" not in row["prompt"])
+
+
 def test_rater_bias_is_one_constant_a_prompt_and_score_noise_one_a_response():
     zero = lambda xs, ys: torch.zeros(len(xs))
     prompts, n = R.make_prompts(2000, "b"), 2000
