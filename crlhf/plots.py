@@ -99,28 +99,87 @@ def gold_by_difficulty(results, path):
     return finish(figure, path)
 
 
-def compare(curves, finals, path):
-    """Gold score over iterations with and without rater bias: mean over seeds, and a 95% interval of the mean."""
+# ------------------------------------------------------------------------------------------- experiments
+
+
+def style_of(method, number):
+    """Label, colour and line of a method; labels that aren't methods take the palette's colours in turn."""
+    palette = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777", "#000000")
+    return STYLES.get(method, (method, palette[number % len(palette)], ("-", "--", "-.", ":")[number % 4]))
+
+
+def picked(rows, setting, method, key):
+    mine = [row for row in rows if (row["setting"], row["method"]) == (setting, method)]
+    return np.array([float(row[key]) for row in sorted(mine, key=lambda row: int(row["seed"]))])
+
+
+def unique(rows, key):
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def error_bars(axis, rows, methods, key="gold", reference=None):
+    """Mean over seeds and its 95% interval for each setting; with a reference, of the paired difference to it."""
     from .evaluate import mean_interval
 
-    biases = sorted({row["prompt_bias"] for row in curves})
-    figure, axes = plt.subplots(1, len(biases), figsize=(10, 4.2), sharey=True)
-    for axis, bias in zip(np.atleast_1d(axes), biases):
-        for method in ("ppo", "contrastive", "adaptive"):
-            label, colour, style = STYLES[method]
-            mine = [row for row in curves if (row["prompt_bias"], row["method"]) == (bias, method)]
-            seeds = [[row["gold"] for row in mine if row["seed"] == seed] for seed in sorted({row["seed"] for row in mine})]
-            smoothed = np.array([smooth(seed) for seed in seeds])
-            means, halves = np.array([mean_interval(column) for column in smoothed.T]).T
-            axis.plot(means, color=colour, linestyle=style, label=label, linewidth=1.8)
-            axis.fill_between(np.arange(len(means)), means - halves, means + halves, color=colour, alpha=0.15, linewidth=0)
-        ends = [row for row in finals if row["prompt_bias"] == bias]
-        pick = lambda method: np.array([row["gold"] for row in ends if row["method"] == method])
-        gap, half = mean_interval(pick("contrastive") - pick("ppo"))
-        axis.axhline(pick("sft").mean(), color=STYLES["sft"][1], linestyle=":", label="SFT")
-        axis.set(title=f"rater bias per prompt: sd {bias:g}\ncontrastive ends {gap:+.2f} ± {half:.2f} from plain",
-                 xlabel="PPO iteration")
-        axis.grid(alpha=0.25)
-    np.atleast_1d(axes)[0].set_ylabel("true (gold) reward")
-    np.atleast_1d(axes)[-1].legend(loc="lower right")
-    finish(figure, path)
+    settings = unique(rows, "setting")
+    for number, method in enumerate(methods):
+        there = [place for place, setting in enumerate(settings) if len(picked(rows, setting, method, key))]
+        columns = [picked(rows, settings[place], method, key) for place in there]
+        if reference:
+            columns = [column - picked(rows, settings[place], reference, key) for column, place in zip(columns, there)]
+        means, halves = np.array([mean_interval(column) for column in columns]).T
+        label, colour, style = style_of(method, number)
+        axis.errorbar(np.array(there) + 0.09 * (number - (len(methods) - 1) / 2), means, halves, color=colour,
+                      linestyle=style, marker="o", markersize=4, capsize=3, label=label, linewidth=1.5)
+    axis.set_xticks(range(len(settings)), [str(setting) for setting in settings])
+    axis.grid(alpha=0.25)
+
+
+def by_setting(rows, path, xlabel, title, reference="ppo", differences=None):
+    """Left: gold of every method. Right: its paired difference to a reference method (those in `differences`)."""
+    methods = unique(rows, "method")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
+    error_bars(left, rows, methods)
+    error_bars(right, rows, differences or [method for method in methods if method != reference], reference=reference)
+    right.axhline(0, color="black", linewidth=0.8)
+    left.set(xlabel=xlabel, ylabel="gold score on held-out prompts")
+    right.set(xlabel=xlabel, ylabel=f"minus {style_of(reference, 0)[0]}, paired by seed")
+    left.legend(fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return finish(figure, path)
+
+
+def band(axis, rows, setting, method, key, number=0, x=None, window=5, label=None):
+    """A curve over iterations: mean over seeds, smoothed, and its 95% interval."""
+    from .evaluate import mean_interval
+
+    mine = [row for row in rows if (row["setting"], row["method"]) == (setting, method) and row[key] != ""]
+    seeds = [[float(row[key]) for row in mine if row["seed"] == seed] for seed in unique(mine, "seed")]
+    smoothed = np.array([smooth(seed, window) for seed in seeds])
+    means, halves = np.array([mean_interval(column) for column in smoothed.T]).T
+    name, colour, style = style_of(method, number)
+    x = np.arange(len(means)) if x is None else x
+    axis.plot(x, means, color=colour, linestyle=style, label=label or name, linewidth=1.8)
+    axis.fill_between(x, means - halves, means + halves, color=colour, alpha=0.15, linewidth=0)
+    axis.grid(alpha=0.25)
+
+
+def sweep(rows, path):
+    """One panel a method: mean gold for every learning rate and KL price."""
+    methods = unique(rows, "method")
+    figure, axes = plt.subplots(1, len(methods), figsize=(2.9 * len(methods), 3.4))
+    for axis, method in zip(axes, methods):
+        mine = [row for row in rows if row["method"] == method]
+        pairs = {row["setting"]: row["setting"].split(", ") for row in mine}
+        rates, prices = (list(dict.fromkeys(pair[place] for pair in pairs.values())) for place in (0, 1))
+        means = np.array([[picked(mine, f"{rate}, {price}", method, "gold").mean() for price in prices] for rate in rates])
+        axis.imshow(means, cmap="cividis", aspect="auto")
+        for (row, column), value in np.ndenumerate(means):
+            best = value == means.max()
+            axis.text(column, row, f"{value:.2f}", ha="center", va="center", weight="bold" if best else "normal",
+                      color="white" if value < means.min() + 0.6 * np.ptp(means) else "black")
+        axis.set_xticks(range(len(prices)), prices, fontsize=8)
+        axis.set_yticks(range(len(rates)), rates, fontsize=8)
+        axis.set_title(style_of(method, 0)[0], fontsize=10)
+    figure.suptitle("Gold score by learning rate and KL price, on seeds used for nothing else (best in bold)", fontsize=11)
+    return finish(figure, path)

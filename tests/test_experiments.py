@@ -7,48 +7,64 @@ import pytest
 
 from crlhf import experiments
 from crlhf.config import Config, UserError, from_dict
+from crlhf.experiments import harness as H
 
-SMALL = {"world": {"demonstrations": 128, "pairs": 60, "train_prompts": 16, "eval_prompts": 12},
-         "model": {"width": 16, "heads": 2, "layers": 1}, "sft": {"epochs": 1.0}, "reward": {"epochs": 1.0},
-         "ppo": {"iterations": 2, "batch_size": 8}}
+TINY = {"world.demonstrations": 128, "world.train_prompts": 16, "world.eval_prompts": 12, "model.width": 16,
+        "model.heads": 2, "model.layers": 1, "sft.epochs": 1.0, "reward.epochs": 1.0}
+SMALL = {**TINY, "ppo.iterations": 2, "ppo.batch_size": 8, "baselines.k": 2}
+
+
+def test_a_run_is_named_after_what_differs_from_the_defaults():
+    variant = H.Variant("ppo", {"ppo.kl_coef": Config().ppo.kl_coef, "ppo.lr": 0.5, "world.prompt_bias": 2.0})
+    assert variant.name() == "ppo,ppo.lr=0.5,world.prompt_bias=2.0" and variant.upstream() == {}
+    assert H.Variant("ppo", {"world.label_flips": 0.4}).upstream() == {"world.label_flips": 0.4}
+    assert H.Variant("dpo", {}, base="other").name() == "dpo,other"
 
 
 def test_variants_of_a_seed_share_everything_before_the_baselines(tmp_path):
-    base, variant = tmp_path / "base", tmp_path / "variant"
-    experiments.run_one(experiments.configured(base, 3, **SMALL), "reward", None)
-    changed = {**SMALL, "world": {**SMALL["world"], "prompt_bias": 0.0}}
-    experiments.run_one(experiments.configured(variant, 3, **changed), "all", base)
-    for stage in experiments.UPSTREAM:
-        assert (base / stage / "stage.json").read_text() == (variant / stage / "stage.json").read_text()
+    base, clean, noisy = tmp_path / "base", tmp_path / "clean", tmp_path / "noisy"
+    H.run_base(base, 3, SMALL)
+    H.run_one(clean, base, 3, "ppo", SMALL)
+    H.run_one(noisy, base, 3, "contrastive", {**SMALL, "world.prompt_bias": 0.0})
+    for stage in ("data", "sft", "preferences", "reward"):
+        assert (base / stage / "stage.json").read_text() == (noisy / stage / "stage.json").read_text()
     for model in ("sft", "reward"):
         name = f"{model}/model.safetensors"
-        assert (base / name).stat().st_mtime_ns == (variant / name).stat().st_mtime_ns  # copied, not trained again
-    config = from_dict(json.loads((variant / "config.json").read_text()))
+        assert (base / name).stat().st_mtime_ns == (noisy / name).stat().st_mtime_ns  # taken over, not trained again
+    config = from_dict(json.loads((noisy / "config.json").read_text()))
     assert (config.world.prompt_bias, config.run.seed, config.ppo.iterations) == (0.0, 3, 2)
-    assert config.ppo.lr == Config().ppo.lr and (variant / "report.md").exists()
+    assert (base / "baselines" / "baselines.jsonl").read_text() != (noisy / "baselines" / "baselines.jsonl").read_text()
+    result = json.loads((noisy / "result.json").read_text())
+    assert {"gold", "reward", "kl", "win"} <= set(result) and result["win"] + result["tie"] + result["loss"] == 1
+    assert len((noisy / "held_out.jsonl").read_text().splitlines()) == H.RESPONSES * 12
+    variant = H.Variant("contrastive", {**SMALL, "world.prompt_bias": 0.0})
+    assert H.is_done(noisy, 3, variant) and not H.is_done(noisy, 4, variant)
+    assert not H.is_done(clean, 3, H.Variant("ppo", {**SMALL, "ppo.lr": 0.1}))
 
 
 def finals():
     rows = []
     for seed, (plain, contrastive) in enumerate([(0.0, 0.3), (1.0, 1.2), (-1.0, -0.9)]):
-        for method, gold in (("sft", -2.0), ("ppo", plain), ("contrastive", contrastive)):
-            rows.append({"prompt_bias": 1.0, "method": method, "seed": seed, "gold": gold, "reward": 0.0, "kl": 2.0,
+        for method, gold in (("ppo", plain), ("contrastive", contrastive)):
+            rows.append({"setting": "here", "method": method, "seed": seed, "gold": gold, "reward": 0.0, "kl": 2.0,
                          "win": 0.5, "tie": 0.25, "loss": 0.25})
     return rows
 
 
 def test_differences_are_paired_by_seed():
     """Seeds differ far more than methods do: only pairing finds the difference of 0.2."""
-    table = experiments.compare_table(finals())
-    line = next(line for line in table.splitlines() if "| contrastive |" in line)
+    mean, half = H.difference(finals(), "here", "contrastive")
+    assert mean == pytest.approx(0.2) and half < 0.3
+    line = next(line for line in H.table(finals(), "where").splitlines() if "| contrastive |" in line)
     assert "+0.200 ± 0.2" in line and "0.200 ± 2." in line and "50% / 25% / 25%" in line
+    assert H.values(finals()[::-1], "here", "ppo") == [0.0, 1.0, -1.0]  # by seed, whatever the order of the rows
 
 
 def test_csv_keeps_four_digits(tmp_path):
-    experiments.write_csv(tmp_path / "x.csv", [{"a": 1 / 3, "b": "x"}])
+    H.write_csv(tmp_path / "x.csv", [{"a": 1 / 3, "b": "x"}])
     assert list(csv.DictReader(open(tmp_path / "x.csv"))) == [{"a": "0.3333", "b": "x"}]
 
 
 def test_unknown_experiment_is_named():
-    with pytest.raises(UserError, match="no experiment 'nonsense': choose from all, compare"):
+    with pytest.raises(UserError, match="no experiment 'nonsense': choose from all, "):
         experiments.main("nonsense")

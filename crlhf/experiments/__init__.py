@@ -1,0 +1,26 @@
+"""Evidence: one question a function, several seeds, one figure and one CSV each.
+
+    python -m crlhf experiment NAME      (or all)
+
+Every function states its prediction before its result: what theory says should come out, and how large. What came
+out stands in figures/README.md. `harness.py` runs the variants; each other file asks one question or two.
+"""
+
+from pathlib import Path
+
+from ..config import UserError
+from .sweep import sweep
+
+EXPERIMENTS = {"sweep": sweep}
+
+
+def main(name, root="runs/experiments", figures="figures"):
+    """Run one experiment, or all; print its table and keep it beside the figure."""
+    from ..runs import write_atomic
+
+    if name not in (*EXPERIMENTS, "all"):
+        raise UserError(f"there is no experiment '{name}': choose from all, {', '.join(EXPERIMENTS)}")
+    for each in EXPERIMENTS if name == "all" else [name]:
+        text = EXPERIMENTS[each](Path(root), Path(figures))
+        write_atomic(Path(figures) / f"{each}.md", text + "\n")
+        print(f"\n{each}\n\n{text}")
