@@ -58,7 +58,8 @@ class Pipeline:
             plan["preferences"] = Stage(stages.build_preferences, {**seed, **rater}, ("sft",))
         plan["reward"] = Stage(stages.build_reward, {**seed, **asdict(c.reward)}, reward_needs)
         if c.contrastive.source == "offline":
-            visits = c.ppo.iterations * c.ppo.batch_size // c.ppo.group_size  # prompts PPO never meets need no baselines
+            # prompts that PPO never meets need no baselines
+            visits = stages.offline_iterations(c) * c.ppo.batch_size // c.ppo.group_size
             plan["baselines"] = Stage(stages.build_baselines, {**seed, **noise, **asdict(c.baselines), "visits": visits},
                                       ("sft", "reward"))
         for method in c.method_list():

@@ -135,20 +135,6 @@ def error_bars(axis, rows, methods, key="gold", reference=None):
     axis.grid(alpha=0.25)
 
 
-def by_setting(rows, path, xlabel, title, reference="ppo", differences=None):
-    """Left: gold of every method. Right: its paired difference to a reference method (those in `differences`)."""
-    methods = unique(rows, "method")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
-    error_bars(left, rows, methods)
-    error_bars(right, rows, differences or [method for method in methods if method != reference], reference=reference)
-    right.axhline(0, color="black", linewidth=0.8)
-    left.set(xlabel=xlabel, ylabel="gold score on held-out prompts")
-    right.set(xlabel=xlabel, ylabel=f"minus {style_of(reference, 0)[0]}, paired by seed")
-    left.legend(fontsize=8)
-    figure.suptitle(title, fontsize=11)
-    return finish(figure, path)
-
-
 def band(axis, rows, setting, method, key, number=0, x=None, window=5, label=None):
     """A curve over iterations: mean over seeds, smoothed, and its 95% interval."""
     from .evaluate import mean_interval
@@ -162,24 +148,3 @@ def band(axis, rows, setting, method, key, number=0, x=None, window=5, label=Non
     axis.plot(x, means, color=colour, linestyle=style, label=label or name, linewidth=1.8)
     axis.fill_between(x, means - halves, means + halves, color=colour, alpha=0.15, linewidth=0)
     axis.grid(alpha=0.25)
-
-
-def sweep(rows, path):
-    """One panel a method: mean gold for every learning rate and KL price."""
-    methods = unique(rows, "method")
-    figure, axes = plt.subplots(1, len(methods), figsize=(2.9 * len(methods), 3.4))
-    for axis, method in zip(axes, methods):
-        mine = [row for row in rows if row["method"] == method]
-        pairs = {row["setting"]: row["setting"].split(", ") for row in mine}
-        rates, prices = (list(dict.fromkeys(pair[place] for pair in pairs.values())) for place in (0, 1))
-        means = np.array([[picked(mine, f"{rate}, {price}", method, "gold").mean() for price in prices] for rate in rates])
-        axis.imshow(means, cmap="cividis", aspect="auto")
-        for (row, column), value in np.ndenumerate(means):
-            best = value == means.max()
-            axis.text(column, row, f"{value:.2f}", ha="center", va="center", weight="bold" if best else "normal",
-                      color="white" if value < means.min() + 0.6 * np.ptp(means) else "black")
-        axis.set_xticks(range(len(prices)), prices, fontsize=8)
-        axis.set_yticks(range(len(rates)), rates, fontsize=8)
-        axis.set_title(style_of(method, 0)[0], fontsize=10)
-    figure.suptitle("Gold score by learning rate and KL price, on seeds used for nothing else (best in bold)", fontsize=11)
-    return finish(figure, path)

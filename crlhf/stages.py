@@ -3,6 +3,8 @@
 `pipe` is the Pipeline: it knows the config, where finished stages lie, and the reward.
 """
 
+import time
+
 import torch
 
 from . import reviews
@@ -161,15 +163,16 @@ def build_reward(pipe, folder):
 
 def build_baselines(pipe, folder):
     c = pipe.config
-    prompts, partial = pipe.prompts("train"), folder / "partial.jsonl"
-    met = prompt_order(len(prompts), c.ppo, range(c.ppo.iterations), c.run.seed)
+    started, prompts, partial = time.monotonic(), pipe.prompts("train"), folder / "partial.jsonl"
+    met = prompt_order(len(prompts), c.ppo, range(offline_iterations(c)), c.run.seed)
     rows = sample_baselines(pipe.model("sft"), pipe.tokenizer(), pipe.noisy_reward(), [prompts[i] for i in met],
                             c.baselines, c.data.max_response_tokens, c.run.seed, partial)
     save_baselines(folder, rows)
     if is_writer():
         partial.unlink(missing_ok=True)
     rewards, has_ended = baseline_rewards(rows)
-    report = {"mean": rewards.mean().item(), "ended": has_ended.float().mean().item(), "k": c.baselines.k}
+    report = {"mean": rewards.mean().item(), "ended": has_ended.float().mean().item(), "k": c.baselines.k,
+              "seconds": time.monotonic() - started}
     shares = ""
     if c.baselines.k > 1:
         report["between_prompt_variance"], report["within_prompt_variance"] = variance_parts(rewards)
@@ -177,6 +180,11 @@ def build_baselines(pipe, folder):
                   f"{report['within_prompt_variance']:.2f} within")
     write_json(folder / "variance.json", report)
     return f"{rewards.numel()} responses, mean reward {rewards.mean():.2f}{shares}"
+
+
+def offline_iterations(config):
+    """How many iterations the offline baselines serve: all, or those before they are first refreshed."""
+    return min(config.contrastive.refresh or config.ppo.iterations, config.ppo.iterations)
 
 
 def make_critic(pipe, kind, hidden_size):

@@ -9,9 +9,16 @@ out stands in figures/README.md. `harness.py` runs the variants; each other file
 from pathlib import Path
 
 from ..config import UserError
+from .choices import samples, sampling, scale
+from .critics import critic, online
+from .hacking import adversary, overoptimisation
+from .improvement import compare, frontier
+from .limits import limits
+from .noise import noise
 from .sweep import sweep
 
-EXPERIMENTS = {"sweep": sweep}
+EXPERIMENTS = {function.__name__: function for function in (
+    sweep, compare, noise, critic, samples, online, sampling, frontier, adversary, scale, overoptimisation, limits)}
 
 
 def main(name, root="runs/experiments", figures="figures"):

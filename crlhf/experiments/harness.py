@@ -194,13 +194,13 @@ def run_variants(root, variants, seeds=SEEDS, title="runs"):
     prepare_bases(root, seeds, [variant.upstream() for variant in variants.values() if not variant.base])
     folders = {(label, seed): Path(root) / f"seed{seed}" / variant.name()
                for seed in seeds for label, variant in variants.items()}
-    jobs = []
+    jobs = {}  # by folder: two labels may stand for one run
     for (label, seed), out in folders.items():
         variant = variants[label]
         base = out.parent / (variant.base or base_name(variant.upstream()))
         if not is_done(out, seed, variant):
-            jobs.append((run_one, str(out), str(base), seed, variant.method, variant.settings))
-    run_jobs(jobs, title)
+            jobs[out] = (run_one, str(out), str(base), seed, variant.method, variant.settings)
+    run_jobs(list(jobs.values()), title)
     return folders
 
 

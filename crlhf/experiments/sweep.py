@@ -1,6 +1,6 @@
 """The same tuning effort for every method: learning rate and KL price, on seeds that no other experiment uses."""
 
-from .. import plots
+from . import drawing
 from .harness import Variant, results, run_variants, table, write_csv
 
 TUNING_SEEDS = (100, 101, 102, 103)
@@ -21,5 +21,5 @@ def sweep(root, figures, seeds=TUNING_SEEDS):
                  for lr in DPO_RATES for beta in BETAS}
     rows = results(run_variants(root, variants, seeds, "sweep"))
     write_csv(figures / "sweep.csv", rows)
-    plots.sweep(rows, figures / "sweep.png")
+    drawing.sweep(rows, figures / "sweep.png")
     return table(rows, "setting")
