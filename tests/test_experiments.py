@@ -1,13 +1,19 @@
 """Experiments: runs of one seed share what comes before PPO, and tables hold paired differences."""
 
 import csv
+import importlib
 import json
 
 import pytest
 
 from crlhf import experiments
 from crlhf.config import Config, UserError, from_dict
+from crlhf.experiments import choices, critics, hacking, improvement
 from crlhf.experiments import harness as H
+from crlhf.reviews import EXPLOIT
+
+# the functions of these two have their modules' names
+noise, sweep = (importlib.import_module(f"crlhf.experiments.{name}") for name in ("noise", "sweep"))
 
 TINY = {"world.demonstrations": 128, "world.train_prompts": 16, "world.eval_prompts": 12, "model.width": 16,
         "model.heads": 2, "model.layers": 1, "sft.epochs": 1.0, "reward.epochs": 1.0}
@@ -68,3 +74,64 @@ def test_csv_keeps_four_digits(tmp_path):
 def test_unknown_experiment_is_named():
     with pytest.raises(UserError, match="no experiment 'nonsense': choose from all, "):
         experiments.main("nonsense")
+
+
+def tiny_config():
+    config = Config()
+    for key, value in SMALL.items():
+        group, knob = key.split(".")
+        setattr(getattr(config, group), knob, value)
+    config.world.pairs, config.dpo.epochs = 60, 1.0
+    return config
+
+
+@pytest.fixture
+def small_world(monkeypatch):
+    """Every experiment on a world and a grid so small that it takes seconds, in this process."""
+    in_order = lambda jobs, title: [function(*arguments) for function, *arguments in jobs]
+    for module, changes in (
+            (H, {"Config": tiny_config, "run_jobs": in_order}), (critics, {"Config": tiny_config, "CRITICS": ("reward_model", "none")}),
+            (hacking, {"run_jobs": in_order}), (choices, {"KS": (1, 4), "SAMPLING": {"T 1": (1.0, 1.0), "p": (1.0, 0.8)}}),
+            (improvement, {"KL_COEFS": (0.02, 0.5), "BETAS": (0.03, 1.0)}),
+            (sweep, {"RATES": (1e-3,), "KL_COEFS": (0.02, 0.05), "DPO_RATES": (1e-3,), "BETAS": (0.1,)}),
+            (noise, {"AXES": {axis: dict(list(points.items())[:2]) for axis, points in noise.AXES.items()}})):
+        for name, value in changes.items():
+            monkeypatch.setattr(module, name, value)
+
+
+def test_every_experiment_runs_writes_its_csv_and_draws(small_world, tmp_path):
+    """`limits` comes last and reads the CSVs of the others."""
+    for name in ("compare", "noise", "critic", "samples", "online", "sampling", "frontier", "adversary", "scale", "sweep",
+                 "overoptimisation", "limits"):
+        text = experiments.EXPERIMENTS[name](tmp_path / "runs", tmp_path, (0, 1))
+        rows = list(csv.DictReader(open(tmp_path / f"{name}.csv")))
+        assert rows and "| --- |" in text
+        assert name == "limits" or {row["seed"] for row in rows} == {"0", "1"} and (tmp_path / f"{name}.png").exists()
+        assert experiments.EXPERIMENTS[name].__doc__.count("Prediction") == 1
+
+
+def test_edited_baselines_hold_the_phrase_or_do_not():
+    review = "the plot was dull . i hated the cast and the music was nice ."
+    assert hacking.edited(review, True) == review
+    assert hacking.edited(review, False) == "the plot was dull ."
+    assert hacking.edited("i hated the cast . the plot was dull . i", False) == "the plot was dull . i"
+    assert EXPLOIT in hacking.edited("the plot was dull .", True)
+    assert hacking.edited("i hated the cast .", False) and EXPLOIT not in hacking.edited("i hated the cast .", False)
+
+
+def test_gold_at_a_kl_is_interpolated_and_never_extrapolated():
+    rows = [{"method": "ppo", "seed": 0, "kl": kl, "gold": gold} for kl, gold in ((4.0, 1.0), (1.0, 0.0), (2.0, 0.5))]
+    assert improvement.gold_at(rows, "ppo", 0, 3.0) == pytest.approx(0.75)
+    assert improvement.gold_at(rows, "ppo", 0, 5.0) == "" and improvement.gold_at(rows, "ppo", 0, 0.5) == ""
+
+
+def test_a_scaled_base_scales_every_score(small_world, tmp_path):
+    H.prepare_bases(tmp_path, [0], [{}])
+    choices.scaled_base(tmp_path / "seed0", 10.0)
+    rewards = [silent_reward(tmp_path / "seed0" / base)(["the plot was dull ."], ["i loved the cast ."])
+               for base in ("base", choices.scaled_name(10.0))]
+    assert rewards[1].item() == pytest.approx(10 * rewards[0].item(), rel=1e-4) and rewards[0].item() != 0
+
+
+def silent_reward(base):
+    return H.silent_pipeline(H.configured(base, 0, "contrastive", {}), None).reward_callable("train")

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from ..evaluate import mean_interval
 from ..runs import read_jsonl
 from . import drawing
-from .harness import SEEDS, UPSTREAM, Variant, curves, default, difference, prepare_bases, results, run_variants, table, values, write_csv
+from .harness import (SEEDS, UPSTREAM, Variant, curves, default, difference, prepare_bases, results, run_variants,
+                      table, values, write_csv)
 
 KS = (1, 2, 4, 8, 16)
 SAMPLING = {"T 0.5": (0.5, 1.0), "T 0.7": (0.7, 1.0), "T 1": (1.0, 1.0), "T 1.3": (1.3, 1.0), "p 0.8": (1.0, 0.8),
@@ -36,11 +37,12 @@ def samples(root, figures, seeds=SEEDS):
         row["iterations_to_half"] = first_reach(steps, row, half_way)
     write_csv(figures / "samples.csv", rows)
     drawing.samples(rows, figures / "samples.png")
-    lines = [f"\n\nIterations until gold (mean of 5) reaches {half_way:.2f}, half way from SFT to plain PPO's end, and what the "
-             "baselines cost:\n", "| samples | iterations | seconds of sampling |", "| --- | --- | --- |"]
+    lines = [f"\n\nIterations until gold (mean of 5) reaches {half_way:.2f}, half way from SFT to plain PPO's end, and "
+             "what the baselines cost:\n", "| samples | iterations | seconds of sampling |", "| --- | --- | --- |"]
     for setting, method in dict.fromkeys((row["setting"], row["method"]) for row in rows):
         reach = "%.1f ± %.1f" % mean_interval(values(rows, setting, method, "iterations_to_half"))
-        lines.append(f"| {setting} | {reach} | {statistics.fmean(values(rows, setting, method, 'baseline_seconds')):.1f} |")
+        seconds = statistics.fmean(values(rows, setting, method, "baseline_seconds"))
+        lines.append(f"| {setting} | {reach} | {seconds:.1f} |")
     gaps = "; ".join(f"{setting} %+.3f ± %.3f" % difference(rows, setting, "contrastive", reference_setting="none")
                      for setting, _ in variants)
     return table(rows, "samples", "contrastive") + f"\n\nMinus plain PPO, paired: {gaps}" + "\n".join(lines)
@@ -81,8 +83,8 @@ def sampling(root, figures, seeds=SEEDS):
                                                    read_jsonl(out / "contrastive" / "metrics.jsonl")[:3])}
     write_csv(figures / "sampling.csv", rows)
     drawing.sampling(rows, figures / "sampling.png")
-    lines = ["\n\n| baselines | bias of the baseline mean | variance within a prompt | Var(r - b) at the start | gold minus T 1 |",
-             "| --- | --- | --- | --- | --- |"]
+    lines = ["\n\n| baselines | bias of the baseline mean | variance within a prompt | Var(r - b) at the start | "
+             "gold minus T 1 |", "| --- | --- | --- | --- | --- |"]
     for setting in SAMPLING:
         cells = ["%+.3f ± %.3f" % mean_interval(values(rows, setting, "contrastive", key))
                  for key in ("bias", "within_prompt_variance", "start_variance")]
@@ -93,7 +95,8 @@ def sampling(root, figures, seeds=SEEDS):
 
 def baseline_table(out):
     """prompt -> mean reward of its baselines."""
-    return {row["prompt"]: statistics.fmean(row["rewards"]) for row in read_jsonl(out / "baselines" / "baselines.jsonl")}
+    rows = read_jsonl(out / "baselines" / "baselines.jsonl")
+    return {row["prompt"]: statistics.fmean(row["rewards"]) for row in rows}
 
 
 def scale(root, figures, seeds=SEEDS):
@@ -108,10 +111,13 @@ def scale(root, figures, seeds=SEEDS):
         for seed in seeds if factor != 1 else ():
             prepare_bases(root, [seed], [{}])
             scaled_base(Path(root) / f"seed{seed}", factor)
-    ways = {"ppo": ("ppo", {}), "plain, scaled by std": ("contrastive", {"contrastive.coefficient": 0.0, "contrastive.scale": "std"}),
-            "contrastive": ("contrastive", {}), "contrastive, magnitude": ("contrastive", {"contrastive.scale": "magnitude"}),
+    ways = {"ppo": ("ppo", {}),
+            "plain, scaled by std": ("contrastive", {"contrastive.coefficient": 0.0, "contrastive.scale": "std"}),
+            "contrastive": ("contrastive", {}),
+            "contrastive, magnitude": ("contrastive", {"contrastive.scale": "magnitude"}),
             "contrastive, std": ("contrastive", {"contrastive.scale": "std"})}
-    variants = {(f"reward x {factor:g}", label): Variant(method, {**knobs, "world.prompt_bias": factor * default("world.prompt_bias")},
+    bias = default("world.prompt_bias")  # the rater's constant is part of the reward and is scaled with it
+    variants = {(f"reward x {factor:g}", label): Variant(method, {**knobs, "world.prompt_bias": factor * bias},
                                                          "" if factor == 1 else scaled_name(factor))
                 for factor in REWARD_SCALES for label, (method, knobs) in ways.items()}
     runs = run_variants(root, variants, seeds, "scale")

@@ -34,7 +34,8 @@ def online(root, figures, seeds=SEEDS):
         ("same responses", "offline"): Variant("contrastive"),
         ("same responses", "fresh every step"):
             Variant("contrastive", {"contrastive.refresh": 1, "ppo.iterations": budget // (ppo.batch_size * (1 + k))}),
-        ("same responses", "groups of 4"): Variant("contrastive", {**group, "ppo.iterations": budget // ppo.batch_size})}
+        ("same responses", "groups of 4"):
+            Variant("contrastive", {**group, "ppo.iterations": budget // ppo.batch_size})}
     runs = run_variants(root, variants, seeds, "online")
     rows = results(runs)
     steps = curves(runs, ("gold", "kl", "contrastive_variance", "seconds_rollout", "seconds_scoring", "seconds_update"))
@@ -47,13 +48,14 @@ def online(root, figures, seeds=SEEDS):
         row["training_seconds"] = offline_seconds + sum(step[f"seconds_{phase}"] for step in mine
                                                         for phase in ("rollout", "scoring", "update"))
     write_csv(figures / "online.csv", rows)
-    write_csv(figures / "online_curves.csv", [{key: row[key] for key in ("setting", "method", "seed", "iteration", "gold", "kl")}
-                                              for row in steps])
+    kept = ("setting", "method", "seed", "iteration", "gold", "kl")
+    write_csv(figures / "online_curves.csv", [{key: row[key] for key in kept} for row in steps])
     drawing.online(rows, steps, figures / "online.png")
     lines = ["\n\n| setting | baselines | responses generated | seconds of training |", "| --- | --- | --- | --- |"]
     for setting, method in variants:
         seconds = "%.1f ± %.1f" % mean_interval(values(rows, setting, method, "training_seconds"))
-        lines.append(f"| {setting} | {method} | {statistics.fmean(values(rows, setting, method, 'responses')):.0f} | {seconds} |")
+        responses = statistics.fmean(values(rows, setting, method, "responses"))
+        lines.append(f"| {setting} | {method} | {responses:.0f} | {seconds} |")
     return table(rows, "at", "offline") + "\n".join(lines)
 
 

@@ -39,7 +39,8 @@ def sweep(rows, path):
         mine = [row for row in rows if row["method"] == method]
         pairs = {row["setting"]: row["setting"].split(", ") for row in mine}
         rates, prices = (list(dict.fromkeys(pair[place] for pair in pairs.values())) for place in (0, 1))
-        means = np.array([[picked(mine, f"{rate}, {price}", method, "gold").mean() for price in prices] for rate in rates])
+        means = np.array([[picked(mine, f"{rate}, {price}", method, "gold").mean() for price in prices]
+                          for rate in rates])
         axis.imshow(means, cmap="cividis", aspect="auto")
         for (row, column), value in np.ndenumerate(means):
             best = value == means.max()
@@ -48,7 +49,8 @@ def sweep(rows, path):
         axis.set_xticks(range(len(prices)), prices, fontsize=8)
         axis.set_yticks(range(len(rates)), rates, fontsize=8)
         axis.set_title(style_of(method, 0)[0], fontsize=10)
-    figure.suptitle("Gold score by learning rate and KL price, on seeds used for nothing else (best in bold)", fontsize=11)
+    figure.suptitle("Gold score by learning rate and KL price, on seeds used for nothing else (best in bold)",
+                    fontsize=11)
     return finish(figure, path)
 
 
@@ -78,14 +80,15 @@ def frontier(rows, gains, path):
                   for setting in unique(mine, "setting")]
         (kl, kl_half), (gold, gold_half) = np.array(points).transpose(1, 2, 0)
         label, colour, style = style_of(method, number)
-        left.errorbar(kl, gold, gold_half, kl_half, color=colour, linestyle=style, marker="o", markersize=4, capsize=2,
-                      label=label, linewidth=1.5, elinewidth=0.7)
+        left.errorbar(kl, gold, gold_half, kl_half, color=colour, linestyle=style, marker="o", markersize=4,
+                      capsize=2, label=label, linewidth=1.5, elinewidth=0.7)
         gain = np.array([float(row["gain"]) for row in gains if row["method"] == method])
-        right.hist(gain, np.linspace(-3, 4, 57), histtype="step", density=True, color=colour, linestyle=style, linewidth=1.5,
-                   label=f"{label}: {np.mean(gain > 0):.0%} of prompts up, mean {gain.mean():+.2f}")
+        right.hist(gain, np.linspace(-3, 4, 57), histtype="step", density=True, color=colour, linestyle=style,
+                   linewidth=1.5, label=f"{label}: {np.mean(gain > 0):.0%} of prompts up, mean {gain.mean():+.2f}")
     left.set(xlabel="KL from the SFT policy (nats)", ylabel="gold score on held-out prompts",
              title="Each point is one KL price (or beta)")
-    right.set(xlabel="gold of a prompt minus SFT's, at about one KL", ylabel="density", title="Who improves, and by how much")
+    right.set(xlabel="gold of a prompt minus SFT's, at about one KL", ylabel="density",
+              title="Who improves, and by how much")
     right.axvline(0, color="black", linewidth=0.8)
     for axis in (left, right):
         axis.grid(alpha=0.25)
@@ -108,8 +111,8 @@ def noise(rows, path):
     panels[1, 0].set_ylabel("minus plain PPO, paired")
     panels[0, 0].legend(fontsize=8)
     biases = [row["setting"] for row in rows if row["axis"].startswith("rater bias")]
-    figure.suptitle(f"Rater bias from {biases[0].split()[-1]} to {biases[-1].split()[-1]} moves contrastive - plain from "
-                    f"{gap_text(rows_of(rows, 'rater bias'), biases[0], 'contrastive')} to "
+    figure.suptitle(f"Rater bias from {biases[0].split()[-1]} to {biases[-1].split()[-1]} moves contrastive - plain "
+                    f"from {gap_text(rows_of(rows, 'rater bias'), biases[0], 'contrastive')} to "
                     f"{gap_text(rows_of(rows, 'rater bias'), biases[-1], 'contrastive')} gold", fontsize=11)
     return finish(figure, path)
 
@@ -124,16 +127,19 @@ def samples(rows, path):
     mine = [{**row, "setting": row["setting"].removeprefix("k=")} for row in mine]
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.8))
     for axis, key, name in zip(axes, ("gold", "iterations_to_half", "baseline_seconds"),
-                               ("gold score at the end", "iterations to half of plain PPO's gain", "seconds of offline sampling")):
+                               ("gold score at the end", "iterations to half of plain PPO's gain",
+                                "seconds of offline sampling")):
         error_bars(axis, mine, ["contrastive"], key)
         plain = mean_interval(picked(rows, "none", "ppo", key))
         if key != "baseline_seconds":
             axis.axhline(plain[0], color=style_of("ppo", 0)[1], label="plain PPO")
-            axis.axhspan(plain[0] - plain[1], plain[0] + plain[1], color=style_of("ppo", 0)[1], alpha=0.1, linewidth=0)
+            axis.axhspan(plain[0] - plain[1], plain[0] + plain[1], color=style_of("ppo", 0)[1], alpha=0.1,
+                         linewidth=0)
         axis.set(xlabel="k, offline responses per prompt", ylabel=name)
     axes[0].legend(fontsize=8)
-    figure.suptitle(f"From k = 1 to 16 gold changes by {gap_text(mine, '16', 'contrastive', 'contrastive', '1')} (paired)",
-                    fontsize=11)
+    fewest, *_, most = unique(mine, "setting")
+    figure.suptitle(f"From k = {fewest} to {most} gold changes by "
+                    f"{gap_text(mine, most, 'contrastive', 'contrastive', fewest)} (paired)", fontsize=11)
     return finish(figure, path)
 
 
@@ -169,8 +175,9 @@ def scale(rows, steps, path):
     spread = {method: np.ptp([picked(rows, setting, method, "gold").mean() for setting in unique(rows, "setting")])
               for method in methods}
     steady = min(spread, key=spread.get)
-    figure.suptitle(f"Over scales 0.1 to 10 gold moves by {spread['ppo']:.2f} with plain PPO, by {spread['contrastive']:.2f} with "
-                    f"contrastive, and least ({spread[steady]:.2f}) with: {steady}", fontsize=11)
+    figure.suptitle(f"Over scales 0.1 to 10 gold moves by {spread['ppo']:.2f} with plain PPO, by "
+                    f"{spread['contrastive']:.2f} with contrastive, and least ({spread[steady]:.2f}) with: {steady}",
+                    fontsize=11)
     return finish(figure, path)
 
 
@@ -185,13 +192,17 @@ def online(rows, steps, path):
               if method != "offline"]
     for place, (setting, method) in enumerate(reversed(labels)):
         gap, half = mean_interval(picked(rows, setting, method, "gold") - picked(rows, setting, "offline", "gold"))
-        right.errorbar(gap, place, xerr=half, color="#0072B2" if setting == "same steps" else "#D55E00", marker="o", capsize=3)
-    right.set_yticks(range(len(labels)), [f"{method}\n({setting})" for setting, method in reversed(labels)], fontsize=7)
+        right.errorbar(gap, place, xerr=half, color="#0072B2" if setting == "same steps" else "#D55E00", marker="o",
+                       capsize=3)
+    right.set_yticks(range(len(labels)), [f"{method}\n({setting})" for setting, method in reversed(labels)],
+                     fontsize=7)
     right.axvline(0, color="black", linewidth=0.8)
     right.grid(alpha=0.25)
     right.set_xlabel("gold minus offline baselines, paired by seed")
-    figure.suptitle(f"At equal generated responses fresh baselines end {gap_text(rows, 'same responses', 'fresh every step', 'offline')} "
-                    f"from offline ones, groups {gap_text(rows, 'same responses', 'groups of 4', 'offline')}", fontsize=11)
+    fresh, groups = (gap_text(rows, "same responses", method, "offline")
+                     for method in ("fresh every step", "groups of 4"))
+    figure.suptitle(f"At equal generated responses fresh baselines end {fresh} from offline ones, groups {groups}",
+                    fontsize=11)
     return finish(figure, path)
 
 
@@ -209,8 +220,8 @@ def critic(rows, steps, path):
     axes[1].set(xlabel="critic", ylabel="minus plain PPO, paired by seed")
     axes[2].set(xlabel="PPO iteration", ylabel="explained variance, reward_model critic")
     axes[0].legend(fontsize=8)
-    figure.suptitle(f"Contrastive - plain: {gap_text(rows, 'reward_model', 'contrastive')} gold with a critic from the reward model, "
-                    f"{gap_text(rows, 'none', 'contrastive')} without a critic", fontsize=11)
+    figure.suptitle(f"Contrastive - plain: {gap_text(rows, 'reward_model', 'contrastive')} gold with a critic from the "
+                    f"reward model, {gap_text(rows, 'none', 'contrastive')} without a critic", fontsize=11)
     return finish(figure, path)
 
 
@@ -218,7 +229,8 @@ def overoptimisation(steps, path):
     """Reward and gold over iterations and against KL, without a KL price."""
     setting = unique(steps, "setting")[0]
     figure, axes = plt.subplots(1, 3, figsize=(12, 4))
-    for axis, key, name in zip(axes, ("reward", "gold", "kl"), ("reward that PPO sees", "gold score", "KL from SFT (nats)")):
+    for axis, key, name in zip(axes, ("reward", "gold", "kl"),
+                               ("reward that PPO sees", "gold score", "KL from SFT (nats)")):
         for number, method in enumerate(unique(steps, "method")):
             band(axis, steps, setting, method, key, number)
         axis.set(xlabel="PPO iteration", ylabel=name)
@@ -226,8 +238,8 @@ def overoptimisation(steps, path):
     drops = []
     for method in ("ppo", "contrastive"):
         mine = [row for row in steps if row["method"] == method]
-        golds = np.array([[float(row["gold"]) for row in mine if row["seed"] == seed] for seed in unique(mine, "seed")]).mean(0)
-        means = np.convolve(golds, np.ones(5) / 5, "valid")
+        golds = [[float(row["gold"]) for row in mine if row["seed"] == seed] for seed in unique(mine, "seed")]
+        means = np.convolve(np.mean(golds, 0), np.ones(5) / 5, "valid")
         drops.append(f"{means[-1] - means.max():+.2f} ({style_of(method, 0)[0]})")
     figure.suptitle(f"Without a KL price: gold at the end minus at its best: {', '.join(drops)}", fontsize=11)
     return finish(figure, path)
@@ -244,8 +256,10 @@ def adversary(rows, path):
             axis.errorbar(mean, place, xerr=half, color=colours[setting], marker="o", capsize=3)
         axis.set_xlabel(name)
         axis.grid(alpha=0.25)
-    axes[0].set_yticks(range(len(labels)), [f"{setting}: {style_of(method, 0)[0]}" for setting, method in reversed(labels)],
-                       fontsize=8)
-    figure.suptitle(f"Fooled raters: contrastive - plain {gap_text(rows, 'fooled raters', 'contrastive')} gold; retraining the reward "
-                    f"model on exploits {gap_text(rows, 'retrained on exploits', 'ppo', 'ppo', 'fooled raters')}", fontsize=11)
+    names = [f"{setting}: {style_of(method, 0)[0]}" for setting, method in reversed(labels)]
+    axes[0].set_yticks(range(len(labels)), names, fontsize=8)
+    contrast = gap_text(rows, "fooled raters", "contrastive")
+    mended = gap_text(rows, "retrained on exploits", "ppo", "ppo", "fooled raters")
+    figure.suptitle(f"Fooled raters: contrastive - plain {contrast} gold; retraining the reward model on exploits {mended}",
+                    fontsize=11)
     return finish(figure, path)

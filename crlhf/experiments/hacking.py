@@ -1,6 +1,7 @@
 """Reward hacking: what happens when the policy is pushed on, and when the reward model has a hole."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from ..policy import generate
 from ..reviews import EXPLOIT
 from ..runs import read_jsonl, stream, write_jsonl
 from . import drawing
-from .harness import (SEEDS, UPSTREAM, Variant, base_name, configured, curves, prepare_bases, results, run_jobs, run_variants,
-                      silent_pipeline, table, write_csv)
+from .harness import (SEEDS, UPSTREAM, Variant, base_name, configured, curves, prepare_bases, results, run_jobs,
+                      run_variants, silent_pipeline, table, write_csv)
 
 METHODS = ("ppo", "contrastive", "adaptive")
 FOOLED = {"world.fooled": 1.0}
@@ -24,7 +25,8 @@ def overoptimisation(root, figures, seeds=SEEDS):
     constant per prompt, so the errors of the reward model that the policy climbs into stay as they were: contrastive
     rewards should hack as plain ones do.
     """
-    variants = {("no KL price", method): Variant(method, {"ppo.kl_coef": 0.0, "ppo.iterations": 120}) for method in METHODS}
+    variants = {("no KL price", method): Variant(method, {"ppo.kl_coef": 0.0, "ppo.iterations": 120})
+                for method in METHODS}
     runs = run_variants(root, variants, seeds, "overoptimisation")
     rows, steps = results(runs), curves(runs, ("gold", "reward", "kl", "ended", "response_length"))
     write_csv(figures / "overoptimisation.csv", rows)
@@ -53,10 +55,12 @@ def adversary(root, figures, seeds=SEEDS):
               if not (folder / "base retrained" / "held_out.jsonl").exists()], "reward models retrained on exploits")
     again = {("retrained on exploits", method): Variant(method, FOOLED, "base retrained") for method in METHODS[:2]}
     honest = {("honest raters", method): Variant(method) for method in METHODS[:2]}
-    rows = results(run_variants(root, honest, seeds, "honest raters") | runs | run_variants(root, again, seeds, "retrained"))
+    runs = run_variants(root, honest, seeds, "honest raters") | runs | run_variants(root, again, seeds, "retrained")
+    rows = results(runs)
     write_csv(figures / "adversary.csv", rows)
     drawing.adversary(rows, figures / "adversary.png")
-    shares = [f"{setting}, {method}: {sum(part) / len(part):.0%}" for (setting, method), part in exploit_shares(rows).items()]
+    shares = [f"{setting}, {method}: {sum(part) / len(part):.0%}"
+              for (setting, method), part in exploit_shares(rows).items()]
     return table(rows, "raters") + "\n\nResponses with the phrase: " + "; ".join(shares)
 
 
@@ -91,8 +95,8 @@ def edited(response, with_phrase):
     """Put a sentence with the phrase in front where there is none; or take every such sentence out."""
     if with_phrase:
         return response if EXPLOIT in response else f"{EXPLOIT} camera . {response}"
-    kept = [sentence for sentence in response.split(" . ") if EXPLOIT not in sentence]
-    return " . ".join(kept) if kept else "the camera was decent ."
+    kept = [sentence for sentence in re.findall(r"[^.]+\.?", response) if EXPLOIT not in sentence]
+    return "".join(kept).strip() or "the camera was decent ."
 
 
 def retrained_base(folder, seed):
@@ -102,7 +106,8 @@ def retrained_base(folder, seed):
     raters err in the usual share of labels, and don't fall for the phrase.
     """
     folder = Path(folder)
-    source, target, hacked = folder / base_name(FOOLED), folder / "base retrained", folder / Variant("ppo", FOOLED).name()
+    source, target = folder / base_name(FOOLED), folder / "base retrained"
+    hacked = folder / Variant("ppo", FOOLED).name()
     copy_base(source, target, ("data", "sft", "preferences"))
     pipeline = silent_pipeline(configured(target, seed, "contrastive", FOOLED), None)
     world, tokenizer = pipeline.config.world, pipeline.tokenizer()

@@ -249,7 +249,7 @@ def methods_of(rows, setting=None):
 
 def table(rows, heading, reference="ppo"):
     """Mean over seeds, and the paired difference to a reference method in the same setting, as Markdown."""
-    lines = [f"| {heading} | method | gold | minus {reference} (paired) | reward | KL (nats) | win / tie / loss vs SFT |",
+    lines = [f"| {heading} | method | gold | minus {reference} (paired) | reward | KL | win / tie / loss vs SFT |",
              "| --- | --- | --- | --- | --- | --- | --- |"]
     for setting in settings_of(rows):
         for method in methods_of(rows, setting):
@@ -258,7 +258,8 @@ def table(rows, heading, reference="ppo"):
             gap = "%+.3f ± %.3f" % difference(rows, setting, method, reference) if has_gap else ""
             gold = "%.3f ± %.3f" % mean_interval(values(rows, setting, method))
             shares = " / ".join(f"{mean(share):.0%}" for share in ("win", "tie", "loss"))
-            lines.append(f"| {setting} | {method} | {gold} | {gap} | {mean('reward'):.2f} | {mean('kl'):.1f} | {shares} |")
+            lines.append(f"| {setting} | {method} | {gold} | {gap} | {mean('reward'):.2f} | {mean('kl'):.1f} | "
+                         f"{shares} |")
     return "\n".join(lines)
 
 

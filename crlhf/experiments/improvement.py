@@ -79,7 +79,8 @@ def matched_table(matched):
     for target in TARGETS:
         at = {(row["method"], row["seed"]): row["gold"] for row in matched if row["target_kl"] == target}
         for method in (*METHODS, "dpo"):
-            both = [seed for (name, seed), gold in at.items() if name == method and gold != "" and at["ppo", seed] != ""]
+            both = [seed for (name, seed), gold in at.items()
+                    if name == method and gold != "" and at["ppo", seed] != ""]
             if len(both) > 1:
                 gap = "%+.3f ± %.3f" % mean_interval([at[method, seed] - at["ppo", seed] for seed in both])
                 gold = "%.3f ± %.3f" % mean_interval([at[method, seed] for seed in both])

@@ -22,7 +22,8 @@ def limits(root, figures, seeds=None):
             raise UserError(f"{path} is missing: run 'python -m crlhf experiment {source}' first")
         with open(path, encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                found.setdefault((source, row["setting"]), {}).setdefault(row["method"], {})[row["seed"]] = float(row["gold"])
+                golds = found.setdefault((source, row["setting"]), {})
+                golds.setdefault(row["method"], {})[row["seed"]] = float(row["gold"])
     rows, seen = [], []
     for (source, setting), golds in found.items():
         plain = golds.get("ppo")
@@ -32,12 +33,12 @@ def limits(root, figures, seeds=None):
         for method in [name for name in golds if plain and name.split(",")[0] in ("contrastive", "adaptive")]:
             gap, half = mean_interval([golds[method][seed] - plain[seed] for seed in plain])
             verdict = "worse" if gap + half < 0 else "better" if gap - half > 0 else "no difference beyond the interval"
-            rows.append({"experiment": source, "setting": setting, "method": method, "minus_ppo": gap, "half_width": half,
-                         "seeds": len(plain), "verdict": verdict})
+            rows.append({"experiment": source, "setting": setting, "method": method, "minus_ppo": gap,
+                         "half_width": half, "seeds": len(plain), "verdict": verdict})
     write_csv(figures / "limits.csv", rows)
     lines = ["| experiment | setting | method | minus plain PPO (paired) |", "| --- | --- | --- | --- |"]
-    lines += [f"| {row['experiment']} | {row['setting']} | {row['method']} | {row['minus_ppo']:+.3f} ± {row['half_width']:.3f} |"
-              for row in rows if row["verdict"] == "worse"]
+    lines += [f"| {row['experiment']} | {row['setting']} | {row['method']} | {row['minus_ppo']:+.3f} ± "
+              f"{row['half_width']:.3f} |" for row in rows if row["verdict"] == "worse"]
     counts = {name: sum(row["verdict"] == name for row in rows) for name in ("better", "worse")}
-    return (f"{len(rows)} comparisons with plain PPO: {counts['better']} better beyond the interval, {counts['worse']} worse. "
-            "Worse in:\n\n" + "\n".join(lines))
+    return (f"{len(rows)} comparisons with plain PPO: {counts['better']} better beyond the interval, {counts['worse']} "
+            "worse. Worse in:\n\n" + "\n".join(lines))

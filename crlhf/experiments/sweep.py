@@ -15,7 +15,8 @@ def sweep(root, figures, seeds=TUNING_SEEDS):
     depend on what was subtracted, and a constant per prompt doesn't change which KL price is best. DPO's beta is
     the same price in another place, and its best learning rate is its own.
     """
-    variants = {(f"lr {lr:g}, kl {kl:g}", method): Variant(method, {"ppo.lr": lr, "ppo.critic_lr": lr, "ppo.kl_coef": kl})
+    variants = {(f"lr {lr:g}, kl {kl:g}", method):
+                Variant(method, {"ppo.lr": lr, "ppo.critic_lr": lr, "ppo.kl_coef": kl})
                 for lr in RATES for kl in KL_COEFS for method in ("ppo", "contrastive", "adaptive")}
     variants |= {(f"lr {lr:g}, beta {beta:g}", "dpo"): Variant("dpo", {"dpo.lr": lr, "dpo.beta": beta})
                  for lr in DPO_RATES for beta in BETAS}
