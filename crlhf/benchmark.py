@@ -142,8 +142,8 @@ def iteration_flops(work, critic):
     of the inputs, one for that of the weights."""
     P, L, T, D = work.prompt, work.prompt + work.response, work.response, work.width
     head = 2 * T * D * work.vocab  # the LM head runs on response positions only
-    # the prompt in one pass, then token by token; the last token is drawn and never read
-    sampling = trunk_flops(work, P, P * P) + sum(trunk_flops(work, 1, P + t) for t in range(1, T)) + head
+    # the prompt in one pass, then token by token over the whole cache; the last token is drawn and never read
+    sampling = trunk_flops(work, P, P * P) + (T - 1) * trunk_flops(work, 1, L) + head
     trunk = trunk_flops(work, L, L * L)
     policy, value = trunk + head, 2 * T * D + (trunk if critic == "separate" else 0)
     phases = [sampling + policy + policy + value,  # rollout: sample; policy, reference, critic

@@ -95,6 +95,21 @@ def test_cached_sampling_draws_from_the_log_probs_it_reports(model, tokenizer):
             prefix = prefix + [token]
 
 
+def test_cached_steps_give_the_librarys_logits(policy, tokenizer):
+    """Token by token through the cache, with left padding, as one uncached pass of the library."""
+    batch = P.make_batch(tokenizer, PROMPTS, RESPONSES, 24)
+    ids, mask = batch.ids_and_mask()
+    n, T = batch.prompt_ids.shape[1], batch.response_ids.shape[1]
+    cache, position = fast.Cache(policy, len(ids), ids.shape[1], ids.device), P.positions(mask)
+    with torch.no_grad():
+        expected = policy(input_ids=ids, attention_mask=mask.long(), position_ids=position).logits
+        steps = [P.next_logits(policy, ids[:, :n], mask[:, :n], position[:, :n], cache)]
+        for t in range(n, n + T - 1):
+            steps.append(P.next_logits(policy, ids[:, t:t + 1], mask[:, :t + 1], position[:, t:t + 1], cache))
+    ours, theirs = torch.stack(steps, 1), expected[:, n - 1:-1]
+    assert torch.allclose(ours[batch.response_mask], theirs[batch.response_mask], atol=1e-4)
+
+
 def test_sampling_frequencies_match_the_models_probabilities(model, tokenizer):
     """Chi-square of 20,000 first tokens and of second tokens after the commonest first one."""
     prompt, n = "the plot was dull .", 20_000
