@@ -144,17 +144,19 @@ def refresh(page, blocks):
 
 SETUP = '''# Install the project (in a checkout of it there is nothing to fetch).
 REPOSITORY = {repository!r}  # the address that `git clone` takes
-import importlib.util, os, subprocess, sys
+import importlib.metadata, os, subprocess, sys
 if not os.path.isdir("crlhf") and os.path.isdir("../crlhf"):
     os.chdir("..")
 if not os.path.isdir("crlhf"):
     if not REPOSITORY:
         raise SystemExit("set REPOSITORY above to this project's address, or open the notebook inside a checkout")
-    subprocess.check_call(["git", "clone", "--depth", "1", REPOSITORY, "crlhf-checkout"])
+    if not os.path.isdir("crlhf-checkout"):
+        subprocess.check_call(["git", "clone", "--depth", "1", REPOSITORY, "crlhf-checkout"])
     os.chdir("crlhf-checkout")
 wanted = [line.split("#")[0].strip() for line in open("requirements.txt") if line.split("#")[0].strip()]
-missing = [line for line in wanted if importlib.util.find_spec(line.split("==")[0]) is None]
-if missing or int(importlib.import_module("transformers").__version__.split(".")[0]) < 5:
+there = {{d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}}
+missing = [line for line in wanted if line.split("==")[0] not in there]
+if missing or int(there["transformers"].split(".")[0]) < 5:
     keep_torch = [line for line in wanted if not line.startswith("torch=") or line in missing]
     subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", *keep_torch])
 sys.path.insert(0, os.getcwd())
