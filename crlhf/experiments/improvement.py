@@ -9,7 +9,7 @@ from . import drawing
 from .harness import SEEDS, Variant, curves, default, results, run_variants, table, values, write_csv
 
 METHODS = ("ppo", "contrastive", "adaptive")
-KL_COEFS = (0.005, 0.01, default("ppo.kl_coef"), 0.05, 0.1)
+KL_COEFS = (0.01, default("ppo.kl_coef"), 0.05, 0.1)
 BETAS = (0.03, 0.1, 0.3, 1.0)
 TARGETS = (2.0, 3.0, 4.0)  # nats
 

@@ -4,8 +4,8 @@ from . import drawing
 from .harness import SEEDS, Variant, results, run_variants, table, write_csv
 
 AXES = {"label flips, uniform": {f"flips {rate:g}": {"world.label_flips": rate} for rate in (0.0, 0.2, 0.4)},
-        "label flips, by difficulty": {f"hard flips {rate:g}": {"world.label_flips": rate, "world.flips": "difficulty"}
-                                       for rate in (0.2, 0.4)},
+        "label flips, by difficulty": {"hard flips 0": {"world.label_flips": 0.0},
+                                       "hard flips 0.4": {"world.label_flips": 0.4, "world.flips": "difficulty"}},
         "rater bias per prompt (sd)": {f"bias {sd:g}": {"world.prompt_bias": sd} for sd in (0.0, 1.0, 2.0)},
         "noise per response (sd)": {f"noise {sd:g}": {"world.score_noise": sd} for sd in (0.0, 1.0, 2.0)}}
 

@@ -17,7 +17,7 @@ def sweep(root, figures, seeds=TUNING_SEEDS):
     """
     variants = {(f"lr {lr:g}, kl {kl:g}", method):
                 Variant(method, {"ppo.lr": lr, "ppo.critic_lr": lr, "ppo.kl_coef": kl})
-                for lr in RATES for kl in KL_COEFS for method in ("ppo", "contrastive", "adaptive")}
+                for lr in RATES for kl in KL_COEFS for method in ("ppo", "contrastive")}
     variants |= {(f"lr {lr:g}, beta {beta:g}", "dpo"): Variant("dpo", {"dpo.lr": lr, "dpo.beta": beta})
                  for lr in DPO_RATES for beta in BETAS}
     rows = results(run_variants(root, variants, seeds, "sweep"))
