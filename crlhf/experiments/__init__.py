@@ -11,14 +11,18 @@ from pathlib import Path
 from ..config import UserError
 from .choices import samples, sampling, scale
 from .critics import critic, online
+from .difficulty import difficulty
 from .hacking import adversary, overoptimisation
 from .improvement import compare, frontier
 from .limits import limits
 from .noise import noise
 from .sweep import sweep
+from .theorem import theorem
+from .variance import variance
 
 EXPERIMENTS = {function.__name__: function for function in (
-    sweep, compare, noise, critic, samples, online, sampling, frontier, adversary, scale, overoptimisation, limits)}
+    sweep, variance, difficulty, theorem, compare, noise, critic, samples, online, sampling, frontier, adversary, scale,
+    overoptimisation, limits)}
 
 
 def main(name, root="runs/experiments", figures="figures"):
