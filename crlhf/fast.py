@@ -33,7 +33,8 @@ class Cache:
         dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
         self.store = torch.zeros(config.n_layer, 2, batch_size, config.n_head, length,
                                  config.n_embd // config.n_head, device=device, dtype=dtype)
-        self.length, self.used = length, 0
+        self.length = length
+        self.used = torch.zeros(1, dtype=torch.long, device=device)  # columns so far; on the device for `graph.py`
 
     def batch_repeat_interleave(self, k):
         """Every row k times, one after another. The name is the library's for its own caches."""
@@ -98,12 +99,13 @@ def hidden_states(trunk, ids, mask, position_ids, cache=None):
     gelu = quick_gelu if cache is not None and device == "cpu" else partial(F.gelu, approximate="tanh")
     allowed = attention_mask(mask, n, cache.length if cache is not None else n,
                              torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+    columns = cache.used + torch.arange(n, device=ids.device) if cache is not None else None
     for number, block in enumerate(trunk.h):
         qkv = linear(norm(x, block.ln_1), block.attn.c_attn)
         query, key, value = qkv.view(B, n, 3, heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, n, head size) each
         if cache is not None:
             keys, values = cache.store[number]
-            keys[:, :, cache.used:cache.used + n], values[:, :, cache.used:cache.used + n] = key, value
+            keys.index_copy_(2, columns, key), values.index_copy_(2, columns, value)
         if cache is None or n > 1:  # a whole text, or a prompt: the new tokens are all there are
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
         else:  # all columns of the cache, those to come too: slicing them off would cost more than it saves
@@ -111,5 +113,5 @@ def hidden_states(trunk, ids, mask, position_ids, cache=None):
         x = x + linear(attended.transpose(1, 2).reshape(B, n, -1), block.attn.c_proj)
         x = x + linear(gelu(linear(norm(x, block.ln_2), block.mlp.c_fc)), block.mlp.c_proj)
     if cache is not None:
-        cache.used += n
+        cache.used.add_(n)
     return norm(x, trunk.ln_f)

@@ -160,8 +160,7 @@ def next_token(logits, uniform, temperature=1.0, top_p=1.0):
     if top_p < 1.0:
         sorted_probs, order = probs.sort(-1, descending=True)
         before = sorted_probs.cumsum(-1) - sorted_probs  # probability of all likelier tokens
-        sorted_probs[before >= top_p] = 0.0
-        probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs)
+        probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs.masked_fill(before >= top_p, 0.0))
     cumulative = probs.cumsum(-1)
     drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
     return drawn.clamp(max=logits.shape[-1] - 1)
@@ -175,6 +174,10 @@ def sample(model, prompt_ids, prompt_mask, uniforms, eos_id, pad_id, temperature
     may be drawn, so that what a row draws depends on no other row. Returns (response_ids, response_mask), each
     with B * k rows, those of one prompt together, and as many columns, at most T, as the longest response has.
     """
+    if prompt_ids.is_cuda and fast.supports(model):  # the same for a GPU
+        from .graph import sample as sample_on_gpu  # it imports this module
+
+        return sample_on_gpu(model, prompt_ids, prompt_mask, uniforms, eos_id, pad_id, temperature, top_p)
     (B, P), (N, T), device = prompt_ids.shape, uniforms.shape, prompt_ids.device
     response_ids = torch.full((N, T), pad_id, device=device)
     response_mask = torch.zeros(N, T, dtype=torch.bool, device=device)

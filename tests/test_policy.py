@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
-from crlhf import fast, models as M, policy as P
+from crlhf import fast, graph, models as M, policy as P
 from crlhf.runs import stream
 
 PROMPTS = ["the plot was dull .", "i loved the music . i hated the cast . the script was good .", "i liked the camera ."]
@@ -201,6 +201,35 @@ def test_k_responses_of_a_prompt_are_those_of_k_copies_of_it(model, tokenizer):
     assert torch.equal(together[0], copies[0]) and torch.equal(together[1], copies[1])
     for i, (row_ids, row_mask) in enumerate(alone):
         assert together[0][i][together[1][i]].tolist() == row_ids[0][row_mask[0]].tolist()
+
+
+@pytest.mark.parametrize("k, top_p", [(1, 1.0), (10, 0.9)])
+def test_steps_of_a_fixed_shape_draw_the_same_tokens(policy, tokenizer, monkeypatch, k, top_p):
+    """What a GPU records and replays, run plainly on the CPU, against `policy.sample`."""
+    ids, mask = P.pad_prompts(tokenizer, PROMPTS)
+    arguments = ids, mask, torch.rand(3 * k, 40, generator=stream(0, "fixed")), tokenizer.eos_token_id, 0, 1.5, top_p
+    shapes = []
+    monkeypatch.setattr(graph, "next_logits", lambda model, *args: (
+        shapes.append([tuple(tensor.shape) for tensor in args[:3]]) or P.next_logits(model, *args)))
+    for ours, plain in zip(graph.sample(policy, *arguments), P.sample(policy, *arguments)):
+        assert torch.equal(ours, plain)
+    assert shapes[1:] == [[(3 * k, 1), (3 * k, ids.shape[1] + 40), (3 * k, 1)]] * (len(shapes) - 1)
+
+
+def test_steps_are_repeated_until_finished_and_no_oftener_than_wanted():
+    for times, done, expected in ((5, 0, 5), (40, 40, 40), (40, 3, 16), (40, 17, 32)):
+        calls = []
+        graph.repeat(lambda: calls.append(1), times, torch.device("cpu"), finished=lambda: len(calls) >= done)
+        assert len(calls) == expected
+
+
+def test_bf16_weights_are_what_autocast_would_make_of_them(policy, tokenizer):
+    ids, mask = P.pad_prompts(tokenizer, PROMPTS)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = [P.next_logits(model, ids, mask, P.positions(mask), None)
+                  for model in (policy, graph.with_bf16_weights(policy))]
+    assert logits[0].dtype == torch.bfloat16 and torch.equal(*logits)
+    assert policy.lm_head.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("uniform, token", [(0.0, 1), (0.2499, 1), (0.2501, 2), (0.999999, 2)])
