@@ -190,16 +190,16 @@ def draw_difficulty(rows, path):
     def curve(axis, part, policy, groups, x, y, **style):
         points = np.array([[*over_seeds(rows, part, policy, g, x)[:1], *over_seeds(rows, part, policy, g, y)]
                            for g in groups])
-        axis.errorbar(points[:, 0], points[:, 1], points[:, 2], marker="o", markersize=4, capsize=2, **style)
+        axis.errorbar(points[:, 0], points[:, 1], points[:, 2], markersize=4, capsize=2, **style)
 
-    lines = (("raw", "contrastive", "raw reward", "#D55E00", "-"),
-             ("contrastive", "contrastive", "contrastive reward", "#0072B2", "--"),
-             ("progress", "contrastive", "progress in gold", "#009E73", "-."),
-             ("contrastive", "SFT", "contrastive reward, before training", "#777777", ":"))
+    lines = (("raw", "contrastive", "raw reward", "#D55E00", "-", "o"),
+             ("contrastive", "contrastive", "contrastive reward", "#0072B2", "--", "s"),
+             ("progress", "contrastive", "progress in gold", "#009E73", "-.", "^"),
+             ("contrastive", "SFT", "contrastive reward, before training", "#777777", ":", "v"))
     for axis, part, n, name in ((axes[0, 0], "difficulty", len(EDGES), "difficulty of the opening (0 praise, 1 scorn)"),
                                 (axes[0, 1], "baseline reward", FIFTHS, "mean reward of the prompt's baselines")):
-        for key, policy, label, colour, style in lines:
-            curve(axis, part, policy, range(n), "x", key, color=colour, linestyle=style, label=label)
+        for key, policy, label, colour, style, marker in lines:
+            curve(axis, part, policy, range(n), "x", key, color=colour, linestyle=style, marker=marker, label=label)
         axis.set(xlabel=name, ylabel="reward, or gold points", title=f"After contrastive PPO, by {part}")
     axes[0, 0].legend(fontsize=8)
 
@@ -216,12 +216,12 @@ def draw_difficulty(rows, path):
     axes[1, 0].set_xticks(range(len(policies)), policies.values())
     axes[1, 0].set(xlabel="iterations of plain PPO", ylabel="share of squared advantages", ylim=(0, 1),
                    title="Who gets the gradient (no critic)")
-    axes[1, 0].legend(fontsize=8)
+    axes[1, 0].legend(fontsize=8, loc=(0.3, 0.45))
 
-    for signal, colour in SIGNALS.items():
+    for (signal, colour), style, marker in zip(SIGNALS.items(), ("--", "-", ":"), "so^"):
         r = over_seeds(rows, "calibration", "contrastive", "own baselines", f"{signal}: correlation")
         curve(axes[1, 1], "curve", "contrastive", range(TENTHS), f"{signal}: x", f"{signal}: y", color=colour,
-              linestyle="-", label=f"{signal}: correlation %.2f ± %.2f" % r)
+              linestyle=style, marker=marker, label=f"{signal}: correlation %.2f ± %.2f" % r)
     axes[1, 1].axhline(0, color="black", linewidth=0.8)
     axes[1, 1].set(xlabel="reward of a prompt (mean of a tenth of the prompts)",
                    ylabel="gold gained over its baselines", title="Calibration after contrastive PPO")
