@@ -128,10 +128,12 @@ class PPOConfig:
     epochs: int = knob(2, "passes over each rollout batch", low=1)
     minibatches: int = knob(4, "gradient steps a pass; must divide the batch size", low=1)
     micro_batch_size: int = knob(0, "rows per forward pass, to save memory (0: the whole minibatch)", low=0)
+    recompute_activations: bool = knob(False, "keep only what enters each block for the backward pass and compute the "
+                                              "rest again: less memory, about a third more time")
     lr: float = knob(1e-3, "learning rate of the policy, decays linearly to 0 (GPT-2 sized models want about 1e-5)",
                      low=0)
     critic_lr: float = knob(1e-3, "learning rate of a separate critic", low=0)
-    kl_coef: float = knob(0.02, "price of one nat of divergence from the SFT policy, per token", low=0)
+    kl_coef: float = knob(0.05, "price of one nat of divergence from the SFT policy, per token", low=0)
     kl_estimator: str = knob("k1", "estimate of the KL in the per-token reward", choices=("k1", "k2", "k3"))
     gamma: float = knob(1.0, "discount", low=0, high=1)
     lam: float = knob(0.95, "lambda of generalised advantage estimation", low=0, high=1)
@@ -155,9 +157,9 @@ class PPOConfig:
 class DPOConfig:
     epochs: float = knob(2.0, "passes over the preference pairs", low=0)
     batch_size: int = knob(64, "pairs a step", low=1)
-    lr: float = knob(3e-4, "peak learning rate", low=0)
+    lr: float = knob(3e-3, "peak learning rate (a pretrained model wants about 1e-6)", low=0)
     warmup: float = knob(0.1, "share of the steps over which the learning rate rises", low=0, high=1)
-    beta: float = knob(0.1, "price of one nat of divergence from the SFT policy", low=1e-9)
+    beta: float = knob(0.03, "price of one nat of divergence from the SFT policy", low=1e-9)
     max_grad_norm: float = knob(1.0, "gradients longer than this are shortened to it", low=1e-9)
 
 

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 GELUS = ("gelu_new", "gelu_pytorch_tanh")  # the same function, unfused and fused
 
@@ -91,27 +92,41 @@ def hidden_states(trunk, ids, mask, position_ids, cache=None):
 
     mask: (B, L) bool over all L columns so far, of which the ids are the last n. Without a cache n = L.
     """
-    B, n = ids.shape
-    heads = trunk.config.n_head
+    n, device = ids.shape[1], ids.device.type
     x = F.embedding(ids, trunk.wte.weight) + F.embedding(position_ids, trunk.wpe.weight)
-    device = ids.device.type
-    # autograd would have to keep every step of quick_gelu, so it is for sampling only
-    gelu = quick_gelu if cache is not None and device == "cpu" else partial(F.gelu, approximate="tanh")
     allowed = attention_mask(mask, n, cache.length if cache is not None else n,
                              torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
-    columns = cache.used + torch.arange(n, device=ids.device) if cache is not None else None
-    for number, block in enumerate(trunk.h):
-        qkv = linear(norm(x, block.ln_1), block.attn.c_attn)
-        query, key, value = qkv.view(B, n, 3, heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, n, head size) each
-        if cache is not None:
-            keys, values = cache.store[number]
-            keys.index_copy_(2, columns, key), values.index_copy_(2, columns, value)
-        if cache is None or n > 1:  # a whole text, or a prompt: the new tokens are all there are
-            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
-        else:  # all columns of the cache, those to come too: slicing them off would cost more than it saves
-            attended = attend_once(query, keys, values, allowed)
-        x = x + linear(attended.transpose(1, 2).reshape(B, n, -1), block.attn.c_proj)
-        x = x + linear(gelu(linear(norm(x, block.ln_2), block.mlp.c_fc)), block.mlp.c_proj)
     if cache is not None:
+        columns = cache.used + torch.arange(n, device=ids.device)
+        for block, store in zip(trunk.h, cache.store):
+            x = through_block(block, x, allowed, store, columns)
         cache.used.add_(n)
+    elif getattr(trunk, "recompute", False):  # see models.recompute_activations
+        for block in trunk.h:
+            x = checkpoint(through_block, block, x, allowed, use_reentrant=False, preserve_rng_state=False)
+    else:
+        for block in trunk.h:
+            x = through_block(block, x, allowed)
     return norm(x, trunk.ln_f)
+
+
+def through_block(block, x, allowed, store=None, columns=None):
+    """One transformer block: (B, n, D) -> (B, n, D).
+
+    store: keys and values of this block's cache, (2, B, heads, L, size); the new ones go into its `columns`, (n,).
+    """
+    B, n, D = x.shape
+    heads = block.attn.num_heads
+    qkv = linear(norm(x, block.ln_1), block.attn.c_attn)
+    query, key, value = qkv.view(B, n, 3, heads, D // heads).permute(2, 0, 3, 1, 4)  # (B, heads, n, size) each
+    if store is not None:
+        keys, values = store
+        keys.index_copy_(2, columns, key), values.index_copy_(2, columns, value)
+    if store is None or n > 1:  # a whole text, or a prompt: the new tokens are all there are
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+    else:  # all columns of the cache, those to come too: slicing them off would cost more than it saves
+        attended = attend_once(query, keys, values, allowed)
+    x = x + linear(attended.transpose(1, 2).reshape(B, n, D), block.attn.c_proj)
+    # autograd would have to keep every step of quick_gelu, so it is for sampling only
+    gelu = quick_gelu if store is not None and x.device.type == "cpu" else partial(F.gelu, approximate="tanh")
+    return x + linear(gelu(linear(norm(x, block.ln_2), block.mlp.c_fc)), block.mlp.c_proj)

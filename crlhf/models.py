@@ -6,11 +6,14 @@ on the first pass.
 """
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           GPT2Config)
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from .config import UserError
@@ -107,6 +110,18 @@ def scalar_model(folder, pad_id, zero_head=True):
 
 def frozen_copy(model):
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def recompute_activations(model):
+    """From now on the backward pass keeps what enters each block, and computes what happens inside it again.
+
+    The library can do this too, but in train() mode only, which switches dropout on. Where no gradients are wanted,
+    as in sampling, nothing changes. A linear head has no blocks and stays as it is.
+    """
+    getattr(model, "base_model", model).recompute = True  # for `fast.py`, which goes around the blocks' own forward
+    for block in model.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def context_length(model_config):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from .distributed import add_up, gather, mine, my_part_of, n_processes
+from .models import recompute_activations
 from .policy import (Batch, decode, ended, entropy_of, log_probs_of, pad_prompts, response_logits, response_log_probs,
                      response_values, sample)
 from .runs import autocast, stream
@@ -226,6 +227,8 @@ def train_ppo(policy, ref_policy, critic, tokenizer, reward, prompts, config, ma
     """
     device = next(policy.parameters()).device
     models = {"policy": policy} | ({"critic": critic} if critic is not None else {})
+    for model in models.values() if config.recompute_activations else ():
+        recompute_activations(model)
     optimizers = {f"{part}_optimizer": adamw(model, device) for part, model in models.items()}
     parts = models | optimizers | ({"contrastive": contrastive} if contrastive else {})
     checkpoint = Checkpoint(folder, checkpoint_seconds, device, **parts)

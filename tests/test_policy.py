@@ -79,6 +79,33 @@ def test_lean_forward_and_its_gradients_equal_the_library(policy, tokenizer, mon
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+def kept_for_backward(model, batch):
+    """Gradients of the sum of log-probs, and the bytes of all tensors but the weights that the forward pass keeps."""
+    weights, kept = {parameter.data_ptr() for parameter in model.parameters()}, []
+    keep = lambda tensor: kept.append(0 if tensor.data_ptr() in weights else tensor.nbytes) or tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total = (P.response_log_probs(model, batch) * batch.response_mask).sum()
+    model.zero_grad()
+    total.backward()
+    return [parameter.grad.clone() for parameter in model.parameters()], sum(kept)
+
+
+def test_recomputed_activations_give_the_same_gradients_and_keep_less(model, tokenizer):
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5  # it must not wake up
+    batch = P.make_batch(tokenizer, PROMPTS, RESPONSES, 24)
+    plain, kept = kept_for_backward(model, batch)
+    drawn = lambda: draw(model, batch.prompt_ids, batch.prompt_mask, 8, stream(0, "again"), 99, 0)[0]
+    sampled = drawn()
+    M.recompute_activations(model)
+    again, kept_again = kept_for_backward(model, batch)
+    for ours, expected in zip(again, plain):
+        assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-6)
+    assert kept_again < 0.6 * kept, (kept_again, kept)
+    assert torch.equal(drawn(), sampled)
+
+
 def test_cached_sampling_draws_from_the_log_probs_it_reports(model, tokenizer):
     """Greedy-like sampling at a tiny temperature must take the argmax of the uncached forward, with padding."""
     ids, mask = P.pad_prompts(tokenizer, PROMPTS)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from crlhf import ppo
 from crlhf.config import PPOConfig
@@ -239,6 +240,20 @@ def test_ppo_learns_to_stop(tokenizer, critic_kind, tmp_path):
     assert rows[0]["response_length"] > 10 and rows[-1]["response_length"] < 4
     assert rows[-1]["ended"] > 0.9 > 0.8 > rows[0]["ended"]
     assert rows[0]["first_approx_kl"] < 1e-6
+
+
+def test_recomputed_activations_train_alike(tokenizer, policy, tmp_path):
+    from crlhf.reviews import gold_reward
+    losses, calls, critic = [], [], torch.nn.Linear(32, 1)
+    for recompute in (False, True):
+        model, head = (frozen_copy(model).requires_grad_(True) for model in (policy, critic))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("crlhf.fast.checkpoint", lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs))
+            rows = ppo.train_ppo(model, frozen_copy(model), head, tokenizer, gold_reward, PROMPTS,
+                                 replace(SMALL, iterations=2, recompute_activations=recompute), 8, 0, tmp_path)
+        assert bool(calls) == recompute
+        losses.append([row[name] for row in rows for name in ("policy_loss", "value_loss", "grad_norm", "approx_kl")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4, abs=1e-6)
 
 
 def test_every_metric_of_an_iteration_is_logged(tokenizer, policy, tmp_path):
