@@ -92,7 +92,7 @@ def small_world(monkeypatch):
     for module, changes in (
             (H, {"Config": tiny_config, "run_jobs": in_order}), (critics, {"Config": tiny_config, "CRITICS": ("reward_model", "none")}),
             (hacking, {"run_jobs": in_order}), (choices, {"KS": (1, 4), "SAMPLING": {"T 1": (1.0, 1.0), "p": (1.0, 0.8)}}),
-            (improvement, {"KL_COEFS": (0.02, 0.5), "BETAS": (0.03, 1.0)}),
+            (improvement, {"KL_COEFS": (0.05, 0.5), "BETAS": (0.03, 1.0)}),
             (sweep, {"RATES": (1e-3,), "KL_COEFS": (0.02, 0.05), "DPO_RATES": (1e-3,), "BETAS": (0.1,)}),
             (noise, {"AXES": {axis: dict(list(points.items())[:2]) for axis, points in noise.AXES.items()}})):
         for name, value in changes.items():
@@ -101,13 +101,23 @@ def small_world(monkeypatch):
 
 def test_every_experiment_runs_writes_its_csv_and_draws(small_world, tmp_path):
     """`limits` comes last and reads the CSVs of the others."""
-    for name in ("compare", "noise", "critic", "samples", "online", "sampling", "frontier", "adversary", "scale", "sweep",
+    for name in ("sweep", "compare", "noise", "critic", "samples", "online", "sampling", "frontier", "adversary", "scale",
                  "overoptimisation", "limits"):
         text = experiments.EXPERIMENTS[name](tmp_path / "runs", tmp_path, (0, 1))
         rows = list(csv.DictReader(open(tmp_path / f"{name}.csv")))
         assert rows and "| --- |" in text
         assert name == "limits" or {row["seed"] for row in rows} == {"0", "1"} and (tmp_path / f"{name}.png").exists()
         assert experiments.EXPERIMENTS[name].__doc__.count("Prediction") == 1
+
+
+def test_tuned_takes_the_best_mean_of_the_sweep(tmp_path):
+    golds = {("lr 0.001, kl 0.05", "ppo"): (0.0, 0.5), ("lr 0.002, kl 0.02", "ppo"): (0.2, 0.2),
+             ("lr 0.004, kl 0.1", "contrastive"): (1.0, 1.0), ("lr 0.003, beta 0.1", "dpo"): (0.0, 0.0)}
+    H.write_csv(tmp_path / "sweep.csv", [{"setting": setting, "method": method, "seed": seed, "gold": gold}
+                                         for (setting, method), pair in golds.items() for seed, gold in enumerate(pair)])
+    assert sweep.tuned(tmp_path, "ppo") == {"ppo.lr": 0.001, "ppo.critic_lr": 0.001, "ppo.kl_coef": 0.05}
+    assert sweep.tuned(tmp_path, "adaptive") == {"ppo.lr": 0.004, "ppo.critic_lr": 0.004, "ppo.kl_coef": 0.1}
+    assert sweep.tuned(tmp_path, "dpo") == {"dpo.lr": 0.003, "dpo.beta": 0.1}
 
 
 def test_edited_baselines_hold_the_phrase_or_do_not():

@@ -79,7 +79,7 @@ def test_finished_stages_are_reused_and_changes_are_named(finished, capsys):
     assert capsys.readouterr().out.count("done before, reused") == 10
     assert main([*arguments, "--ppo-kl-coef", "0.2"]) == 2
     error = capsys.readouterr().err
-    assert "ppo.kl_coef was 0.02, is 0.2" in error and "ppo, contrastive, adaptive" in error and "sft" not in error
+    assert "ppo.kl_coef was 0.05, is 0.2" in error and "ppo, contrastive, adaptive" in error and "sft" not in error
     assert main([*arguments, "--methods", "ppo"]) == 0  # fewer methods: nothing but the evaluation changes
     assert (out / "sft" / "model.safetensors").stat().st_mtime_ns == stamp
 

@@ -26,7 +26,8 @@ def tutorial_config(out="runs/tutorial"):
     config.world = WorldConfig(train_prompts=256, eval_prompts=128, demonstrations=4000, pairs=2000, label_flips=0.1)
     config.model.width = 48
     config.sft.epochs, config.reward.epochs, config.ppo.iterations = 3, 4, 30
-    config.ppo.lr = config.ppo.critic_lr = 2e-3  # few iterations, so larger steps
+    config.ppo.lr = config.ppo.critic_lr = 2e-3  # few iterations, so larger steps,
+    config.ppo.kl_coef = 0.02                    # and a lower price
     return config
 
 

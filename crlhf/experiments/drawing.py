@@ -57,12 +57,12 @@ def sweep(rows, path):
 def compare(steps, rows, path):
     """Gold score over iterations, one panel for each kind of rater."""
     settings = unique(steps, "setting")
-    figure, axes = plt.subplots(1, len(settings), figsize=(10, 4.2), sharey=True)
+    figure, axes = plt.subplots(1, len(settings), figsize=(4 * len(settings), 4.2), sharey=True)
     for axis, setting in zip(np.atleast_1d(axes), settings):
         for number, method in enumerate(unique(steps, "method")):
             band(axis, steps, setting, method, "gold", number)
-        axis.set(title=f"{setting}: contrastive ends {gap_text(rows, setting, 'contrastive')} from plain",
-                 xlabel="PPO iteration")
+        axis.set_title(f"{setting}:\ncontrastive ends {gap_text(rows, setting, 'contrastive')} from plain", fontsize=10)
+        axis.set_xlabel("PPO iteration")
     dpo = [float(row["gold"]) for row in rows if row["method"] == "dpo"]
     for axis in np.atleast_1d(axes) if dpo else ():
         axis.axhline(np.mean(dpo), color=style_of("dpo", 0)[1], linestyle=":", label="DPO, at its end")

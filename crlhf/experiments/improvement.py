@@ -7,10 +7,11 @@ from ..evaluate import compare as compare_scores
 from ..runs import read_jsonl
 from . import drawing
 from .harness import SEEDS, Variant, curves, default, results, run_variants, table, values, write_csv
+from .sweep import tuned
 
 METHODS = ("ppo", "contrastive", "adaptive")
-KL_COEFS = (0.01, default("ppo.kl_coef"), 0.05, 0.1)
-BETAS = (0.03, 0.1, 0.3, 1.0)
+KL_COEFS = (0.01, 0.02, default("ppo.kl_coef"), 0.1)
+BETAS = (0.01, default("dpo.beta"), 0.1, 0.3)
 TARGETS = (2.0, 3.0, 4.0)  # nats
 
 
@@ -20,17 +21,20 @@ def compare(root, figures, seeds=SEEDS):
     Prediction: a constant per prompt doesn't change the optimum, so all PPO methods approach the same gold score.
     Without bias plain PPO has little to lose and contrastive PPO gains little. With a bias of standard deviation
     1 plain PPO learns from a reward most of whose variance is useless, and should be slower; contrastive PPO
-    should not notice the bias at all. DPO sees the same preferences without a reward model or a bias.
+    should not notice the bias at all. DPO sees the same preferences without a reward model or a bias. The last
+    setting gives every method the learning rate and KL price that were best for it in `sweep`, with a bias of 1.
     """
     variants = {(f"rater bias {bias:g}", method): Variant(method, {"world.prompt_bias": bias})
                 for bias in (0.0, 1.0) for method in METHODS}
-    runs = run_variants(root, variants | {("no reward model", "dpo"): Variant("dpo")}, seeds, "compare")
+    variants |= {("each at its best", method): Variant(method, tuned(figures, method)) for method in (*METHODS, "dpo")}
+    runs = run_variants(root, variants, seeds, "compare")
     rows = results(runs)
     steps = curves({key: out for key, out in runs.items() if key[0][1] != "dpo"}, ("gold", "reward", "kl"))
     write_csv(figures / "compare.csv", rows)
     write_csv(figures / "compare_curves.csv", steps)
     drawing.compare(steps, rows, figures / "compare.png")
-    early = [early_difference(steps, f"rater bias {bias:g}", method) for bias in (0.0, 1.0) for method in METHODS[1:]]
+    early = [early_difference(steps, setting, method) for setting in dict.fromkeys(row["setting"] for row in steps)
+             for method in METHODS[1:]]
     return table(rows, "raters") + "\n\nGold over the first ten iterations, minus plain PPO: " + "; ".join(early)
 
 

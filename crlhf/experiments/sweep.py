@@ -1,5 +1,9 @@
 """The same tuning effort for every method: learning rate and KL price, on seeds that no other experiment uses."""
 
+import csv
+import statistics
+
+from ..config import UserError
 from . import drawing
 from .harness import Variant, results, run_variants, table, write_csv
 
@@ -24,3 +28,18 @@ def sweep(root, figures, seeds=TUNING_SEEDS):
     write_csv(figures / "sweep.csv", rows)
     drawing.sweep(rows, figures / "sweep.png")
     return table(rows, "setting")
+
+
+def tuned(figures, method):
+    """The settings of the sweep at which a method had the highest mean gold. 'adaptive' takes those of contrastive."""
+    path = figures / "sweep.csv"
+    if not path.exists():
+        raise UserError(f"{path} is missing: run 'python -m crlhf experiment sweep' first")
+    golds = {}
+    with open(path, encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["method"] == {"adaptive": "contrastive"}.get(method, method):
+                golds.setdefault(row["setting"], []).append(float(row["gold"]))
+    best = max(golds, key=lambda setting: statistics.fmean(golds[setting]))
+    lr, price = (float(part.split(" ")[1]) for part in best.split(", "))
+    return {"dpo.lr": lr, "dpo.beta": price} if method == "dpo" else {"ppo.lr": lr, "ppo.critic_lr": lr, "ppo.kl_coef": price}
