@@ -54,7 +54,7 @@ def frontier(root, figures, seeds=SEEDS):
     only by how well they were optimised: small differences, largest under the tightest KL. DPO learns from the
     preferences of SFT responses alone, so it should fall behind PPO where the KL grows.
     """
-    variants = {(f"{kl:g}", method): Variant(method, {"ppo.kl_coef": kl}) for kl in KL_COEFS for method in METHODS}
+    variants = {(f"{kl:g}", method): Variant(method, {"ppo.kl_coef": kl}) for kl in KL_COEFS for method in METHODS[:2]}
     variants |= {(f"{beta:g}", "dpo"): Variant("dpo", {"dpo.beta": beta}) for beta in BETAS}
     runs = run_variants(root, variants, seeds, "frontier")
     rows = results(runs)
@@ -62,7 +62,7 @@ def frontier(root, figures, seeds=SEEDS):
     gains = improvements(runs, rows)
     write_csv(figures / "frontier_improvement.csv", gains)
     matched = [{"target_kl": target, "method": method, "seed": seed, "gold": gold_at(rows, method, seed, target)}
-               for target in TARGETS for method in (*METHODS, "dpo") for seed in seeds]
+               for target in TARGETS for method in (*METHODS[:2], "dpo") for seed in seeds]
     write_csv(figures / "frontier_matched.csv", matched)
     drawing.frontier(rows, gains, figures / "frontier.png")
     return table(rows, "kl_coef or beta") + "\n\n" + matched_table(matched) + "\n\n" + duels(runs, rows)
@@ -82,7 +82,7 @@ def matched_table(matched):
     lines = ["| KL (nats) | method | gold | minus plain PPO (paired) | seeds |", "| --- | --- | --- | --- | --- |"]
     for target in TARGETS:
         at = {(row["method"], row["seed"]): row["gold"] for row in matched if row["target_kl"] == target}
-        for method in (*METHODS, "dpo"):
+        for method in dict.fromkeys(row["method"] for row in matched):
             both = [seed for (name, seed), gold in at.items()
                     if name == method and gold != "" and at["ppo", seed] != ""]
             if len(both) > 1:
@@ -102,7 +102,7 @@ def improvements(runs, rows):
     """Per prompt: mean gold of a policy's responses minus mean gold of the SFT policy's, each at about one KL."""
     target = statistics.fmean(values(rows, f"{default('ppo.kl_coef'):g}", "contrastive", "kl"))
     gains = []
-    for method in (*METHODS, "dpo"):
+    for method in (*METHODS[:2], "dpo"):
         setting = nearest(rows, method, target)
         for ((name, label), seed), out in runs.items():
             if (name, label) == (setting, method):
@@ -125,7 +125,7 @@ def duels(runs, rows):
     mine = f"{default('ppo.kl_coef'):g}"
     target = statistics.fmean(values(rows, mine, "contrastive", "kl"))
     lines = ["| contrastive PPO against | their KL | win | tie | loss |", "| --- | --- | --- | --- | --- |"]
-    for method in ("ppo", "adaptive", "dpo"):
+    for method in ("ppo", "dpo"):
         setting, shares = nearest(rows, method, target), []
         for seed in sorted({seed for _, seed in runs}):
             own, theirs = (column(read_jsonl(runs[key, seed] / "held_out.jsonl"), "gold")
