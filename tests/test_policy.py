@@ -80,14 +80,19 @@ def test_lean_forward_and_its_gradients_equal_the_library(policy, tokenizer, mon
 
 
 def kept_for_backward(model, batch):
-    """Gradients of the sum of log-probs, and the bytes of all tensors but the weights that the forward pass keeps."""
-    weights, kept = {parameter.data_ptr() for parameter in model.parameters()}, []
-    keep = lambda tensor: kept.append(0 if tensor.data_ptr() in weights else tensor.nbytes) or tensor
+    """Gradients of the sum of log-probs, and the bytes of memory, weights aside, that the forward pass keeps."""
+    weights, kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, {}
+
+    def keep(tensor):
+        memory = tensor.untyped_storage()
+        kept[memory.data_ptr()] = 0 if memory.data_ptr() in weights else memory.nbytes()
+        return tensor
+
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         total = (P.response_log_probs(model, batch) * batch.response_mask).sum()
     model.zero_grad()
     total.backward()
-    return [parameter.grad.clone() for parameter in model.parameters()], sum(kept)
+    return [parameter.grad.clone() for parameter in model.parameters()], sum(kept.values())
 
 
 def test_recomputed_activations_give_the_same_gradients_and_keep_less(model, tokenizer):
