@@ -165,7 +165,7 @@ def draw_theorem(rows, seeds, path):
                         label=name)
     middle.plot([0, 0.5], [0, 0.5], color="black", linewidth=0.8)
     middle.plot([0, 0.5], [0, 0], color="black", linewidth=0.8)
-    middle.set(xlabel="c0: rate of failures reported as successes", ylabel="reported where the clean value is 0",
+    middle.set(xlabel="c0: rate of failures reported as successes", ylabel="reported at a clean value of 0",
                title="The offset that remains")
 
     fooled = cells(rows, "feature", "contrast without progress")
