@@ -41,7 +41,7 @@ def tutorial_run(last="all"):
 
 def show(figure, name):
     """Keep a figure as tutorial_NAME.png; in a notebook, show it."""
-    folder = Path(os.environ.get("TUTORIAL_FIGURES", "runs/tutorial/figures"))
+    folder = Path(os.environ.get("TUTORIAL_FIGURES", "runs/tutorial_figures"))
     folder.mkdir(parents=True, exist_ok=True)
     if figure.get_layout_engine() is None:
         figure.tight_layout()
