@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -25,34 +25,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from .baselines import sample_baselines
 from .config import BaselineConfig, PPOConfig, UserError
-from .vocabulary import wrap
+from .flops import PHASES, Workload, bytes_to_decode, iteration_flops, sampling_flops
 from .models import frozen_copy, save, scalar_model, tiny_model
 from .policy import pad_prompts, sample
-from .ppo import collect_rollout, gae, token_rewards, update, whiten
+from .ppo import collect_rollout, gae, token_rewards, train_ppo, update, whiten
 from .reward import ModelReward
 from .runs import autocast, pick_device, stream
 from .training import adamw
+from .vocabulary import wrap
 
 CRITICS = ("separate", "shared")
-PHASES = ("rollout", "scoring", "update", "iteration")
 LR = 1e-6  # small: the timed iterations shall stay alike
-
-
-@dataclass
-class Workload:
-    layers: int
-    width: int
-    heads: int
-    vocab: int
-    prompt: int = 16       # tokens of every prompt
-    response: int = 32     # tokens of every response
-    batch: int = 64
-    epochs: int = 4
-    minibatches: int = 4
-    k: int = 4             # baselines: responses per prompt
-    prompts: int = 64      # baselines: number of prompts
-
-
 SIZES = {"tiny": Workload(layers=4, width=128, heads=4, vocab=512),
          "small": Workload(layers=8, width=256, heads=8, vocab=2000),
          "gpt2": Workload(layers=12, width=768, heads=12, vocab=50257)}  # 124M parameters
@@ -122,34 +105,7 @@ def library_baselines(s):
     s.tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
 
 
-# ------------------------------------------------------------------------------------------- FLOPs and bytes
-
-
-def trunk_flops(work, tokens, pairs):
-    """Forward FLOPs of one row through all blocks. An (a, b) x (b, c) product costs 2abc.
-
-    tokens: how many are computed. pairs: (query, key) pairs the attention forms, hidden ones included.
-    """
-    D = work.width
-    projections = 2 * tokens * D * 3 * D + 2 * tokens * D * D  # query, key, value; output
-    mlp = 2 * (2 * tokens * D * 4 * D)                         # D -> 4D -> D
-    attention = 2 * (2 * pairs * D)                            # query times key, then weights times value
-    return work.layers * (projections + mlp + attention)
-
-
-def iteration_flops(work, critic):
-    """FLOPs of an iteration by phase. A backward pass costs two forward passes: one product for the gradient
-    of the inputs, one for that of the weights."""
-    P, L, T, D = work.prompt, work.prompt + work.response, work.response, work.width
-    head = 2 * T * D * work.vocab  # the LM head runs on response positions only
-    # the prompt in one pass, then token by token over the whole cache; the last token is drawn and never read
-    sampling = trunk_flops(work, P, P * P) + (T - 1) * trunk_flops(work, 1, L) + head
-    trunk = trunk_flops(work, L, L * L)
-    policy, value = trunk + head, 2 * T * D + (trunk if critic == "separate" else 0)
-    phases = [sampling + policy + policy + value,  # rollout: sample; policy, reference, critic
-              trunk + 2 * L * D,                   # scoring: the library scores every position
-              work.epochs * 3 * (policy + value)]  # update
-    return {name: work.batch * flops for name, flops in zip(PHASES, [*phases, sum(phases)])}
+# -------------------------------------------------------------------------------------------------- the floor
 
 
 def matmul_rate(work, device):
@@ -162,12 +118,11 @@ def matmul_rate(work, device):
 
 
 def decode_floor(work, n_parameters, device):
-    """Seconds that sampling a batch needs to move its bytes, in bf16: all weights once a step, the keys and values
-    of all tokens so far. The bandwidth is that of copying 1 GiB, which is read and written."""
-    cached = sum(2 * work.layers * work.batch * (work.prompt + t) * work.width for t in range(work.response))
+    """Seconds that sampling a batch needs to move its bytes. The bandwidth is that of copying 1 GiB, which is read
+    and written."""
     source, target = torch.empty(2, 2**30, dtype=torch.uint8, device=device)
     rate = 2 * 2**30 / seconds_of(lambda: target.copy_(source), device, 0.2)
-    return 2 * (work.response * n_parameters + cached) / rate
+    return bytes_to_decode(work, n_parameters) / rate
 
 
 # ---------------------------------------------------------------------------------------- timing and tables
@@ -204,6 +159,13 @@ def medians(rows):
     return {key: medians([row[key] for row in rows]) for key in rows[0]}
 
 
+def peak_mebibytes(device):
+    """Most memory held so far: on a GPU by tensors, elsewhere by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts it in KiB
+
+
 def print_table(title, header, rows):
     print(f"\n{title}\n")
     for row in (header, ["---"] * len(header), *rows):
@@ -217,18 +179,17 @@ def iteration_table(sizes, critics, device, rounds):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         t = interleave({"ppo": lambda: ppo_iteration(s), "rate": lambda: matmul_rate(work, device)}, rounds)
-        memory = (torch.cuda.max_memory_allocated() if device.type == "cuda"
-                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # of the process since it began
         flops, speed = iteration_flops(work, critic), work.batch / t["ppo"]["iteration"]
         rows.append([name, critic, *(f"{t['ppo'][phase]:.3f} ({flops[phase] / t['rate'] / t['ppo'][phase]:.0%})"
                                      for phase in PHASES), f"{speed:.0f}", f"{speed * work.response:.0f}",
-                     f"{flops['iteration'] / 1e9:.0f}", f"{t['rate'] / 1e9:.0f}", f"{memory / 2**20:.0f}"])
+                     f"{flops['iteration'] / 1e9:.0f}", f"{t['rate'] / 1e9:.0f}", f"{peak_mebibytes(device):.0f}"])
     print_table("One PPO iteration: seconds (share of the floor)",
                 ["size", "critic", *PHASES, "samples/s", "tokens/s", "GFLOP", "matmul GFLOP/s", "peak MiB"], rows)
 
 
 def baseline_table(sizes, device, rounds):
-    """Offline sampling beside `model.generate`; on a GPU `sample` also beside the time that its bytes need."""
+    """Offline sampling beside `model.generate`, and beside the machine's limit: on a CPU the time that its products
+    need, on a GPU the time that the bytes of one batch need."""
     rows = []
     for name in sizes:
         work, s = SIZES[name], setup(SIZES[name], "shared", device)
@@ -238,12 +199,14 @@ def baseline_table(sizes, device, rounds):
         actions = {"ours": lambda: our_baselines(s), "generate": lambda: library_baselines(s),
                    "sample": lambda: sample(s.policy, ids, mask, uniforms, s.tokenizer.eos_token_id,
                                             s.tokenizer.pad_token_id)}
-        t = interleave({key: lambda a=action: seconds_of(a, device) for key, action in actions.items()}, rounds)
-        share = decode_floor(work, s.policy.num_parameters(), device) / t["sample"] if device.type == "cuda" else None
+        t = interleave({key: lambda a=action: seconds_of(a, device) for key, action in actions.items()}
+                       | {"rate": lambda: matmul_rate(work, device)}, rounds)
+        share = (decode_floor(work, s.policy.num_parameters(), device) / t["sample"] if device.type == "cuda"
+                 else work.prompts * sampling_flops(work, work.k) / t["rate"] / t["ours"])
         rows.append([name, f"{n / t['ours']:.0f}", f"{n / t['generate']:.0f}", f"{t['generate'] / t['ours']:.2f}",
-                     "-" if share is None else f"{share:.0%}"])
+                     f"{share:.0%}"])
     print_table("Offline baselines: responses per second",
-                ["size", "ours", "model.generate", "ratio", "sampling: share of the bandwidth floor"], rows)
+                ["size", "ours", "model.generate", "ratio", "ours: share of the floor"], rows)
 
 
 def scaling_table(work, device, rounds):
@@ -251,11 +214,27 @@ def scaling_table(work, device, rounds):
     rows = []
     for quantity in ("batch", "response", "k", "prompts"):
         cost = our_baselines if quantity in ("k", "prompts") else ppo_iteration
-        setups = {n: setup(replace(work, **{quantity: getattr(work, quantity) * n}), "shared", device) for n in (1, 2, 4)}
+        setups = {n: setup(replace(work, **{quantity: getattr(work, quantity) * n}), "shared", device)
+                  for n in (1, 2, 4)}
         t = interleave({n: lambda s=s: seconds_of(lambda: cost(s), device) for n, s in setups.items()}, rounds)
         rows.append([cost.__name__, f"{quantity} = {getattr(work, quantity)}", f"{t[1]:.3f}",
                      *(f"{t[n]:.3f} ({t[n] / t[1]:.2f}x)" for n in (2, 4))])
     print_table("Seconds as the work is doubled", ["cost of", "from", "once", "twice", "four times"], rows)
+
+
+def memory_table(work, device, iterations):
+    """Does memory grow while PPO trains? Every call of the reward reads the peak so far; small batches save time."""
+    s, peaks = setup(work, "separate", device), []
+    config = PPOConfig(iterations=iterations, batch_size=16, epochs=1, lr=LR, critic_lr=LR)
+
+    def reward(prompts, responses):
+        peaks.append(peak_mebibytes(device))
+        return s.reward(prompts, responses)
+
+    with tempfile.TemporaryDirectory() as folder:
+        train_ppo(s.policy, s.reference, s.critic, s.tokenizer, reward, s.prompts, config, work.response, 0, folder)
+    rows = [[i, f"{peaks[i - 1]:.1f}"] for i in sorted({1, -(-iterations // 10), -(-iterations // 2), iterations})]
+    print_table("Memory while PPO trains", ["iteration", "peak so far, MiB"], rows)
 
 
 # ------------------------------------------------------------------------------------------------ TRL beside
@@ -312,9 +291,10 @@ def parse(arguments):
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: as many as torch chooses)")
     parser.add_argument("--against", choices=("trl",), help="only compare with TRL's PPOTrainer (needs TRL 1.12.0)")
+    parser.add_argument("--iterations", type=int, default=0, help="only train so long, and print whether memory grows")
     options = parser.parse_args(arguments)
-    if options.rounds < 1 or options.threads < 0:
-        raise UserError("benchmark: --rounds is at least 1, --threads at least 0")
+    if options.rounds < 1 or options.threads < 0 or options.iterations < 0:
+        raise UserError("benchmark: --rounds is at least 1, --threads and --iterations at least 0")
     return options
 
 
@@ -333,6 +313,8 @@ def main(arguments=None):
     sizes = [options.size] if options.size != "auto" else [*SIZES] if device.type == "cuda" else ["tiny", "small"]
     critics = CRITICS if options.critic == "both" else (options.critic,)
     print(f"{machine(device)}; medians of {options.rounds} rounds", flush=True)
+    if options.iterations:
+        return memory_table(SIZES[sizes[0]], device, options.iterations)
     if options.against:
         return trl_table(sizes, critics, device, options.rounds)
     iteration_table(sizes, critics, device, options.rounds)

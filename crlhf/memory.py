@@ -63,5 +63,5 @@ def main(rows=8, prompt_tokens=256, response_tokens=128):
                                       for recompute in (False, True))
         print(f"| {name} | {count_parameters(config) / 1e6:.0f}M | {fixed / GB:.1f} GB | {moving / GB:.1f} GB "
               f"| {(fixed + moving) / GB:.1f} GB | {(fixed + less) / GB:.1f} GB |")
-    print(f"\nPPO with a separate critic, {rows} rows a forward pass (--ppo-micro-batch-size {rows}), {prompt_tokens} prompt "
-          f"and {response_tokens} response tokens; computed, not measured.")
+    print(f"\nPPO with a separate critic, {rows} rows a forward pass (--ppo-micro-batch-size {rows}), {prompt_tokens} "
+          f"prompt and {response_tokens} response tokens; computed, not measured.")

@@ -1,17 +1,17 @@
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from crlhf import benchmark
-from crlhf.benchmark import Workload
+from crlhf import benchmark, flops as F
 from crlhf.config import PPOConfig, UserError
 from crlhf.ppo import collect_rollout, update
 from crlhf.runs import stream
 
-MICRO = Workload(layers=2, width=16, heads=2, vocab=40, prompt=3, response=5, batch=4, epochs=2, minibatches=2,
+MICRO = F.Workload(layers=2, width=16, heads=2, vocab=40, prompt=3, response=5, batch=4, epochs=2, minibatches=2,
                  k=2, prompts=3)
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def counted(action):
 
 @pytest.mark.parametrize("critic", benchmark.CRITICS)
 def test_flops_are_those_torch_counts(critic):
-    s, flops = benchmark.setup(MICRO, critic, CPU), benchmark.iteration_flops(MICRO, critic)
+    s, flops = benchmark.setup(MICRO, critic, CPU), F.iteration_flops(MICRO, critic)
     config, rollouts = PPOConfig(batch_size=4, epochs=2, minibatches=2), []
     assert counted(lambda: rollouts.append(collect_rollout(
         s.policy, s.reference, s.critic, s.tokenizer, s.prompts[:4], config, torch.rand(4, 5)))) == flops["rollout"]
@@ -35,6 +35,7 @@ def test_flops_are_those_torch_counts(critic):
     assert counted(lambda: update(s.policy, s.critic, s.optimizers, r, r.values, r.values, config, [0.0, 0.0],
                                   stream(0))) == flops["update"]
     assert flops["iteration"] == flops["rollout"] + flops["scoring"] + flops["update"]
+    assert counted(lambda: benchmark.our_baselines(s)) == MICRO.prompts * F.sampling_flops(MICRO, MICRO.k)
 
 
 def test_texts_keep_their_length_on_the_way_to_the_reward_model():
@@ -80,9 +81,25 @@ def test_main_prints_every_table(monkeypatch, capsys):
     assert sum(line.startswith(("| ppo_iteration |", "| our_baselines |")) for line in lines) == 4
 
 
-@pytest.mark.parametrize("arguments, words", [(["--size", "huge"], "huge"), (["--rounds", "0"], "--rounds"),
-                                              (["--rounds", "x"], "--rounds"), (["--threads", "-1"], "--threads"),
-                                              (["--against", "me"], "--against"), (["--bogus"], "--bogus")])
+def test_memory_is_read_along_the_way(monkeypatch, capsys):
+    monkeypatch.setitem(benchmark.SIZES, "tiny", replace(MICRO, prompts=16))
+    readings = iter(range(1, 100))
+    monkeypatch.setattr(benchmark, "peak_mebibytes", lambda device: next(readings))
+    benchmark.main(["--size", "tiny", "--device", "cpu", "--iterations", "20"])
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    assert table == ["| 1 | 1.0 |", "| 2 | 2.0 |", "| 10 | 10.0 |", "| 20 | 20.0 |"]
+
+
+def test_peak_memory_holds_what_was_held():
+    before = benchmark.peak_mebibytes(CPU)
+    torch.ones(300 * 2**20 // 4).sum()
+    assert 0 < before and benchmark.peak_mebibytes(CPU) >= 300
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--size", "huge"], "huge"), (["--rounds", "0"], "--rounds"), (["--rounds", "x"], "--rounds"),
+    (["--threads", "-1"], "--threads"), (["--iterations", "-1"], "--iter"), (["--against", "me"], "--against"),
+    (["--bogus"], "--bogus")])
 def test_mistakes_are_answered_in_one_line(arguments, words):
     with pytest.raises(UserError, match=words) as error:
         benchmark.main(arguments)

@@ -43,7 +43,7 @@ SMALL = {"hidden_size": 64, "vocab_size": 40, "num_attention_heads": 4, "initial
                                   lambda layers: Qwen2Config(num_hidden_layers=layers, intermediate_size=192,
                                                              num_key_value_heads=4, **SMALL)])
 def test_a_layer_of_a_real_forward_pass_keeps_what_is_counted(kind, recompute, monkeypatch):
-    """In bf16, as on a GPU. A layer's part is the difference of two depths; bf16 copies of weights are counted apart."""
+    """In bf16, as on a GPU. A layer's part is the difference of two depths; copies of weights are counted apart."""
     monkeypatch.setattr("crlhf.policy.autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
     ids = torch.randint(40, (4, 32))
     batch, kept, counted = Batch(ids, ids >= 0, ids, ids >= 0), [], []

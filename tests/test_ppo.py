@@ -248,7 +248,8 @@ def test_recomputed_activations_train_alike(tokenizer, policy, tmp_path):
     for recompute in (False, True):
         model, head = (frozen_copy(model).requires_grad_(True) for model in (policy, critic))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("crlhf.fast.checkpoint", lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs))
+            patch.setattr("crlhf.fast.checkpoint",
+                          lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs))
             rows = ppo.train_ppo(model, frozen_copy(model), head, tokenizer, gold_reward, PROMPTS,
                                  replace(SMALL, iterations=2, recompute_activations=recompute), 8, 0, tmp_path)
         assert bool(calls) == recompute

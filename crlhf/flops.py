@@ -1,0 +1,62 @@
+"""How much arithmetic and memory traffic a workload of the benchmark takes, counted by hand.
+
+`tests/test_benchmark.py` holds the FLOPs to those that torch counts while the code runs.
+"""
+
+from dataclasses import dataclass
+
+PHASES = ("rollout", "scoring", "update", "iteration")
+
+
+@dataclass
+class Workload:
+    layers: int
+    width: int
+    heads: int
+    vocab: int
+    prompt: int = 16       # tokens of every prompt
+    response: int = 32     # tokens of every response
+    batch: int = 64
+    epochs: int = 4
+    minibatches: int = 4
+    k: int = 4             # baselines: responses per prompt
+    prompts: int = 64      # baselines: number of prompts
+
+
+def trunk_flops(work, tokens, pairs):
+    """Forward FLOPs of one row through all blocks. An (a, b) x (b, c) product costs 2abc.
+
+    tokens: how many are computed. pairs: (query, key) pairs the attention forms, hidden ones included.
+    """
+    D = work.width
+    projections = 2 * tokens * D * 3 * D + 2 * tokens * D * D  # query, key, value; output
+    mlp = 2 * (2 * tokens * D * 4 * D)                         # D -> 4D -> D
+    attention = 2 * (2 * pairs * D)                            # query times key, then weights times value
+    return work.layers * (projections + mlp + attention)
+
+
+def sampling_flops(work, k=1):
+    """FLOPs of k responses to one prompt: one pass over the prompt, then token by token over the whole cache. The last
+    token is drawn and never read."""
+    head = 2 * work.width * work.vocab
+    step = trunk_flops(work, 1, work.prompt + work.response) + head
+    return trunk_flops(work, work.prompt, work.prompt**2) + head + k * (work.response - 1) * step
+
+
+def iteration_flops(work, critic):
+    """FLOPs of an iteration by phase. A backward pass costs two forward passes: one product for the gradient
+    of the inputs, one for that of the weights."""
+    L, T, D = work.prompt + work.response, work.response, work.width
+    trunk = trunk_flops(work, L, L * L)
+    policy = trunk + 2 * T * D * work.vocab  # the LM head runs on response positions only
+    value = 2 * T * D + (trunk if critic == "separate" else 0)
+    phases = [sampling_flops(work) + policy + policy + value,  # rollout: sample; policy, reference, critic
+              trunk + 2 * L * D,                               # scoring: the library scores every position
+              work.epochs * 3 * (policy + value)]              # update
+    return {name: work.batch * flops for name, flops in zip(PHASES, [*phases, sum(phases)])}
+
+
+def bytes_to_decode(work, n_parameters):
+    """Bytes that sampling a batch moves, in bf16: all weights once a step, the keys and values of all tokens so far."""
+    cached = sum(2 * work.layers * work.batch * (work.prompt + t) * work.width for t in range(work.response))
+    return 2 * (work.response * n_parameters + cached)
