@@ -77,28 +77,29 @@ def measure(seed, runs):
     """All numbers of one seed, for both kinds of rater and every policy: rows {seed, setting, iterations, ...}."""
     rows, last = [], default("ppo.iterations")
     for setting in BIASES:
+        pipe = open_run(runs[setting, "ppo"])
+        baselines = [draw(pipe, pipe.model("sft"), seed, "baselines", use)[0] for use in ("points", "law")]
         for iterations in (0, *EARLY, last):
             pipe = open_run(runs[setting, f"{iterations} iterations" if iterations in EARLY else "ppo"])
             policy = pipe.model("ppo" if iterations else "sft")
             rows += [{"seed": seed, "setting": setting, "iterations": iterations, "quantity": quantity, "k": k,
-                      "value": value} for (quantity, k), value in measure_policy(pipe, policy, seed).items()]
+                      "value": value} for (quantity, k), value in measure_policy(pipe, policy, baselines, seed).items()]
     return rows
 
 
-def measure_policy(pipe, policy, seed):
-    """{(quantity, k): value} of one policy, with baselines of the SFT policy."""
-    sft, reward, tokenizer = pipe.model("sft"), pipe.noisy_reward(), pipe.tokenizer()
+def draw(pipe, model, seed, *name):
+    """(N, m) rewards of a model's responses to the first training prompts, and their batch."""
     prompts = pipe.prompts("train")[:PROMPTS]
-    repeated = [prompt for prompt in prompts for _ in range(SAMPLES)]
+    texts, _, batch = generate(model, pipe.tokenizer(), prompts, pipe.config.data.max_response_tokens,
+                               generator=stream(seed, "variance", *name), k=SAMPLES)
+    rewards = pipe.noisy_reward()([prompt for prompt in prompts for _ in range(SAMPLES)], texts)
+    return rewards.view(len(prompts), SAMPLES), batch
 
-    def draw(model, *name):
-        """(N, m) rewards of a model's responses, and their batch."""
-        texts, _, batch = generate(model, tokenizer, prompts, pipe.config.data.max_response_tokens,
-                                   generator=stream(seed, "variance", *name), k=SAMPLES)
-        return reward(repeated, texts).view(len(prompts), SAMPLES), batch
 
-    (r, batch), (b, _) = draw(policy, "policy", "points"), draw(sft, "baselines", "points")
-    parts = components(draw(policy, "policy", "law")[0], draw(sft, "baselines", "law")[0])
+def measure_policy(pipe, policy, baselines, seed):
+    """{(quantity, k): value} of one policy. baselines: (N, m) rewards of the SFT policy for the points, for the law."""
+    (r, batch), b = draw(pipe, policy, seed, "policy", "points"), baselines[0]
+    parts = components(draw(pipe, policy, seed, "policy", "law")[0], baselines[1])
     found = {(name, ""): value for name, value in parts.items()}
     found |= {("slope", ""): covariance(parts) / parts["between_ref"], ("raw", ""): batch_variance(r),
               ("raw law", ""): parts["between"] + parts["within"]}
@@ -113,7 +114,7 @@ def measure_policy(pipe, policy, seed):
             found |= {("online", k): batch_variance(online), ("online law", k): parts["within"] * (1 + 1 / k)}
             advantages |= {("gradient, online", k): online}
     ppo = pipe.config.ppo
-    columns = torch.arange(len(repeated)).view(len(prompts), SAMPLES)[:, :SCORED].flatten()
+    columns = torch.arange(len(batch)).view(-1, SAMPLES)[:, :SCORED].flatten()
     A = torch.stack([values[:, :SCORED].flatten() for values in advantages.values()])  # (kinds, N)
     A = A - A.mean(1, keepdim=True)  # whitening takes the mean of the batch away from raw rewards, too
     square_norms, means = score_gradients(policy, batch[columns], A)
