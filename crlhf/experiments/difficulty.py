@@ -232,7 +232,7 @@ def draw_difficulty(rows, path):
     slope = over_seeds(rows, "calibration", "contrastive", "own baselines", "contrastive reward: slope")
     fresh = over_seeds(rows, "calibration", "contrastive", "fresh SFT", "contrastive reward: correlation")
     figure.suptitle("The third of prompts with the most extreme rater constants takes %.0f%% of the raw gradient and "
-                    "%.0f%% of the contrastive one;\na unit of contrastive reward stands for %.2f ± %.2f of gold over the "
-                    "same baselines; with gain over fresh SFT responses it correlates by %.2f ± %.2f"
+                    "%.0f%% of the contrastive one;\na unit of contrastive reward stands for %.2f ± %.2f of gold over "
+                    "the same baselines; with gain over fresh SFT responses it correlates by %.2f ± %.2f"
                     % (100 * shares_of["raw"][0], 100 * shares_of["contrastive"][0], *slope, *fresh), fontsize=10)
     return finish(figure, path)
