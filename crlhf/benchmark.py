@@ -223,9 +223,11 @@ def scaling_table(work, device, rounds):
 
 
 def memory_table(work, device, iterations):
-    """Does memory grow while PPO trains? Every call of the reward reads the peak so far; small batches save time."""
-    s, peaks = setup(work, "separate", device), []
-    config = PPOConfig(iterations=iterations, batch_size=16, epochs=1, lr=LR, critic_lr=LR)
+    """Does memory grow while PPO trains? Every call of the reward reads the peak so far. Iterations are short:
+    what grows, grows with their number."""
+    work, peaks = replace(work, response=8), []
+    s = setup(work, "separate", device)
+    config = PPOConfig(iterations=iterations, batch_size=4, epochs=1, minibatches=1, lr=LR, critic_lr=LR)
 
     def reward(prompts, responses):
         peaks.append(peak_mebibytes(device))
