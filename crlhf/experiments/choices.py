@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from ..evaluate import mean_interval
 from ..runs import read_jsonl
 from . import drawing
-from .harness import (SEEDS, UPSTREAM, Variant, curves, default, difference, prepare_bases, results, run_variants,
-                      table, values, write_csv)
+from .harness import (SEEDS, UPSTREAM, Variant, curves, default, difference, methods_of, prepare_bases, results,
+                      run_variants, settings_of, table, values, write_csv)
 
 KS = (1, 2, 4, 8, 16)
 SAMPLING = {"T 0.5": (0.5, 1.0), "T 0.7": (0.7, 1.0), "T 1": (1.0, 1.0), "T 1.3": (1.3, 1.0), "p 0.8": (1.0, 0.8),
@@ -117,9 +117,11 @@ def scale(root, figures, seeds=SEEDS):
             "contrastive, magnitude": ("contrastive", {"contrastive.scale": "magnitude"}),
             "contrastive, std": ("contrastive", {"contrastive.scale": "std"})}
     bias = default("world.prompt_bias")  # the rater's constant is part of the reward and is scaled with it
-    variants = {(f"reward x {factor:g}", label): Variant(method, {**knobs, "world.prompt_bias": factor * bias},
+    short = {"ppo.iterations": default("ppo.iterations") // 2}  # the question shows early
+    variants = {(f"reward x {factor:g}", label): Variant(method, {**knobs, **short, "world.prompt_bias": factor * bias},
                                                          "" if factor == 1 else scaled_name(factor))
-                for factor in REWARD_SCALES for label, (method, knobs) in ways.items()}
+                for factor in REWARD_SCALES for label, (method, knobs) in ways.items()
+                if factor == 1 or label != "contrastive, magnitude"}  # which keeps the raw reward's scale
     runs = run_variants(root, variants, seeds, "scale")
     rows, steps = results(runs), curves(runs, ("gold", "kl", "scale"))
     write_csv(figures / "scale.csv", rows)
@@ -127,7 +129,8 @@ def scale(root, figures, seeds=SEEDS):
     drawing.scale(rows, steps, figures / "scale.png")
     spread = []
     for label in ways:
-        means = [statistics.fmean(values(rows, f"reward x {factor:g}", label, "kl")) for factor in REWARD_SCALES]
+        means = [statistics.fmean(values(rows, setting, label, "kl")) for setting in settings_of(rows)
+                 if label in methods_of(rows, setting)]
         spread.append(f"{label}: {' / '.join(f'{mean:.1f}' for mean in means)}")
     return table(rows, "reward") + "\n\nKL at reward x 0.1 / 1 / 10: " + "; ".join(spread)
 

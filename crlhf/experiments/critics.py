@@ -30,7 +30,6 @@ def online(root, figures, seeds=SEEDS):
         ("same steps", "groups of 4"): Variant("contrastive", group),
         ("same steps", "offline, no critic"): Variant("contrastive", {"ppo.critic": "none"}),
         ("same steps", "groups of 4, no critic"): Variant("contrastive", {**group, "ppo.critic": "none"}),
-        ("same responses", "plain"): Variant("ppo", {"ppo.iterations": budget // ppo.batch_size}),
         ("same responses", "offline"): Variant("contrastive"),
         ("same responses", "fresh every step"):
             Variant("contrastive", {"contrastive.refresh": 1, "ppo.iterations": budget // (ppo.batch_size * (1 + k))}),

@@ -173,7 +173,7 @@ def scale(rows, steps, path):
     axes[2].set(xlabel="PPO iteration", ylabel="lambda, at reward x 1")
     axes[0].legend(fontsize=7)
     spread = {method: np.ptp([picked(rows, setting, method, "gold").mean() for setting in unique(rows, "setting")])
-              for method in methods}
+              for method in methods if method != "contrastive, magnitude"}
     steady = min(spread, key=spread.get)
     figure.suptitle(f"Over scales 0.1 to 10 gold moves by {spread['ppo']:.2f} with plain PPO, by "
                     f"{spread['contrastive']:.2f} with contrastive, and least ({spread[steady]:.2f}) with: {steady}",
@@ -260,6 +260,6 @@ def adversary(rows, path):
     axes[0].set_yticks(range(len(labels)), names, fontsize=8)
     contrast = gap_text(rows, "fooled raters", "contrastive")
     mended = gap_text(rows, "retrained on exploits", "ppo", "ppo", "fooled raters")
-    figure.suptitle(f"Fooled raters: contrastive - plain {contrast} gold; retraining the reward model on exploits {mended}",
+    figure.suptitle(f"Fooled raters: contrastive - plain {contrast} gold; reward model retrained on exploits {mended}",
                     fontsize=11)
     return finish(figure, path)

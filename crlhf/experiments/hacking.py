@@ -13,19 +13,19 @@ from . import drawing
 from .harness import (SEEDS, UPSTREAM, Variant, base_name, configured, curves, prepare_bases, results, run_jobs,
                       run_variants, silent_pipeline, table, write_csv)
 
-METHODS = ("ppo", "contrastive", "adaptive")
+METHODS = ("ppo", "contrastive")
 FOOLED = {"world.fooled": 1.0}
 EDITS = {True: "phrase in all baselines", False: "phrase in no baseline"}
 
 
 def overoptimisation(root, figures, seeds=SEEDS):
-    """With no KL price and twice the steps: when does gold turn down while the reward still rises?
+    """With no KL price and more steps: when does gold turn down while the reward still rises?
 
     Prediction: gold rises, then falls behind the reward as the KL grows (Gao et al. 2023). The contrast subtracts a
     constant per prompt, so the errors of the reward model that the policy climbs into stay as they were: contrastive
     rewards should hack as plain ones do.
     """
-    variants = {("no KL price", method): Variant(method, {"ppo.kl_coef": 0.0, "ppo.iterations": 120})
+    variants = {("no KL price", method): Variant(method, {"ppo.kl_coef": 0.0, "ppo.iterations": 100})
                 for method in METHODS}
     runs = run_variants(root, variants, seeds, "overoptimisation")
     rows, steps = results(runs), curves(runs, ("gold", "reward", "kl", "ended", "response_length"))
@@ -53,8 +53,8 @@ def adversary(root, figures, seeds=SEEDS):
     runs = run_variants(root, fooled, seeds, "fooled raters")
     run_jobs([(retrained_base, str(folder), seed) for seed, folder in folders.items()
               if not (folder / "base retrained" / "held_out.jsonl").exists()], "reward models retrained on exploits")
-    again = {("retrained on exploits", method): Variant(method, FOOLED, "base retrained") for method in METHODS[:2]}
-    honest = {("honest raters", method): Variant(method) for method in METHODS[:2]}
+    again = {("retrained on exploits", method): Variant(method, FOOLED, "base retrained") for method in METHODS}
+    honest = {("honest raters", method): Variant(method) for method in METHODS}
     runs = run_variants(root, honest, seeds, "honest raters") | runs | run_variants(root, again, seeds, "retrained")
     rows = results(runs)
     write_csv(figures / "adversary.csv", rows)

@@ -42,4 +42,6 @@ def tuned(figures, method):
                 golds.setdefault(row["setting"], []).append(float(row["gold"]))
     best = max(golds, key=lambda setting: statistics.fmean(golds[setting]))
     lr, price = (float(part.split(" ")[1]) for part in best.split(", "))
-    return {"dpo.lr": lr, "dpo.beta": price} if method == "dpo" else {"ppo.lr": lr, "ppo.critic_lr": lr, "ppo.kl_coef": price}
+    if method == "dpo":
+        return {"dpo.lr": lr, "dpo.beta": price}
+    return {"ppo.lr": lr, "ppo.critic_lr": lr, "ppo.kl_coef": price}
