@@ -219,6 +219,9 @@ def critic(rows, steps, path):
     axes[0].set(xlabel="critic", ylabel="gold score at the end")
     axes[1].set(xlabel="critic", ylabel="minus plain PPO, paired by seed")
     axes[2].set(xlabel="PPO iteration", ylabel="explained variance, reward_model critic")
+    for line in (*axes[0].lines, *axes[1].lines):
+        if line.get_marker() == "o":
+            line.set_linestyle("none")  # kinds of critic have no order
     axes[0].legend(fontsize=8)
     figure.suptitle(f"Contrastive - plain: {gap_text(rows, 'reward_model', 'contrastive')} gold with a critic from the "
                     f"reward model, {gap_text(rows, 'none', 'contrastive')} without a critic", fontsize=11)
