@@ -277,8 +277,8 @@ def draw_variance(rows, steps, path):
     for axis in axes.flat:
         axis.axhline(1, color="black", linewidth=0.8)
         axis.grid(alpha=0.25, which="both")
-    for axis in axes.flat:
-        axis.legend(fontsize=7)
+    for axis, place in ((axes[0, 0], "lower left"), (axes[1, 0], "center right"), (axes[1, 1], "best")):
+        axis.legend(fontsize=7, loc=place)  # the upper right panel has the lines of the lower left one
     values = {(setting, n): ratio(rows, setting, n, "contrastive") for setting in BIASES for n in (0, iterations[-1])}
     text = lambda setting: "%.2f ± %.2f to %.2f ± %.2f" % (*values[setting, 0], *values[setting, iterations[-1]])
     worst = max(ratio(rows, setting, n, "adaptive")[0] for setting in BIASES for n in iterations)
