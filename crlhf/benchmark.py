@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from . import fast
 from .baselines import sample_baselines
 from .config import BaselineConfig, PPOConfig, UserError
 from .flops import PHASES, Workload, bytes_to_decode, iteration_flops, sampling_flops
@@ -291,6 +292,7 @@ def parse(arguments):
     parser.add_argument("--critic", default="both", choices=("both", *CRITICS), help="a model, or a head on the policy")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--cuda-graphs", action="store_true", help="sample on a GPU in recorded steps")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: as many as torch chooses)")
     parser.add_argument("--against", choices=("trl",), help="only compare with TRL's PPOTrainer (needs TRL 1.12.0)")
     parser.add_argument("--iterations", type=int, default=0, help="only train so long, and print whether memory grows")
@@ -309,6 +311,7 @@ def machine(device):
 
 def main(arguments=None):
     options = parse(arguments)
+    fast.use_graphs = options.cuda_graphs
     device = pick_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -28,6 +28,7 @@ class RunConfig:
     device: str = knob("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     methods: str = knob("ppo,contrastive,adaptive", "what to train, comma separated, from " + ", ".join(METHODS))
     checkpoint_seconds: float = knob(20.0, "least time between two checkpoints of a stage (0: every step)", low=0)
+    cuda_graphs: bool = knob(False, "sample from GPT-2 style models on a GPU in recorded steps; not yet tried on one")
     threads: int = knob(0, "CPU threads (0: as many as torch chooses)", low=0)
 
 

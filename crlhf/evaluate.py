@@ -13,6 +13,7 @@ from .policy import Batch, generate, response_log_probs
 from .runs import progress, stream
 
 Z = 1.959964  # two-sided 95% of the normal distribution
+MOST_LOGITS = 2**26  # at once when log-probs are measured: 256 MiB in fp32
 
 
 def t_quantile(df):
@@ -78,8 +79,14 @@ def evaluate_policy(policy, ref_policy, tokenizer, prompts, judges, max_response
 
 def log_ratio(policy, ref_policy, batch: Batch, temperature):
     """log pi(y|x) - log pi_ref(y|x) of whole responses: (B,)."""
-    ratio = response_log_probs(policy, batch, temperature) - response_log_probs(ref_policy, batch, temperature)
-    return (ratio * batch.response_mask).sum(1)
+    # some rows at a time: of whole batches the logits alone, (B, T, V), can take more memory than the models
+    n_rows = max(1, MOST_LOGITS // (batch.response_ids.shape[1] * policy.config.vocab_size))
+    ratios = []
+    for rows in torch.arange(len(batch)).split(n_rows):
+        piece = batch[rows]
+        ratio = response_log_probs(policy, piece, temperature) - response_log_probs(ref_policy, piece, temperature)
+        ratios.append((ratio * piece.response_mask).sum(1))
+    return torch.cat(ratios)
 
 
 def column(rows, name):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+use_graphs = False  # set by --cuda-graphs: sample on a GPU in recorded steps, see `graph.py`
 GELUS = ("gelu_new", "gelu_pytorch_tanh")  # the same function, unfused and fused
 
 

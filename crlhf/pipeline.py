@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import distributed, reviews, stages
+from . import distributed, fast, reviews, stages
 from .config import UserError
 from .models import load_model, load_tokenizer
 from .report import samples_text
@@ -37,6 +37,7 @@ class Pipeline:
         self.config, self.say = config, say if distributed.is_writer() else lambda text: None
         self.world = config.data.dataset == "reviews"
         self.run = Run(config.run.out, self.say)
+        fast.use_graphs = config.run.cuda_graphs
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
 

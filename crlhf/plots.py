@@ -4,7 +4,7 @@ import os
 
 import matplotlib
 
-if not os.environ.get("DISPLAY"):
+if not os.environ.get("DISPLAY") and not os.environ.get("MPLBACKEND"):  # notebooks name a backend of their own
     matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np

@@ -174,7 +174,7 @@ def sample(model, prompt_ids, prompt_mask, uniforms, eos_id, pad_id, temperature
     may be drawn, so that what a row draws depends on no other row. Returns (response_ids, response_mask), each
     with B * k rows, those of one prompt together, and as many columns, at most T, as the longest response has.
     """
-    if prompt_ids.is_cuda and fast.supports(model):  # the same for a GPU
+    if fast.use_graphs and prompt_ids.is_cuda and fast.supports(model):  # the same for a GPU
         from .graph import sample as sample_on_gpu  # it imports this module
 
         return sample_on_gpu(model, prompt_ids, prompt_mask, uniforms, eos_id, pad_id, temperature, top_p)

@@ -40,7 +40,7 @@ def test_compare_counts_wins_ties_and_losses():
     assert result["win_interval"] == E.wilson_interval(2, 4)
 
 
-def test_evaluation_rows_and_kl(policy, tokenizer):
+def test_evaluation_rows_and_kl(policy, tokenizer, monkeypatch):
     prompts = ["the plot was dull .", "i loved the music . i hated the cast .", "i liked the camera ."]
     length = lambda xs, ys: torch.tensor([float(len(y.split())) for y in ys])
     rows = E.evaluate_policy(policy, frozen_copy(policy), tokenizer, prompts, {"length": length}, 10, 0, batch_size=2)
@@ -51,3 +51,6 @@ def test_evaluation_rows_and_kl(policy, tokenizer):
     assert E.mean_interval(E.column(other, "kl"))[0] > 0.5  # far from another random model
     again = E.evaluate_policy(policy, frozen_copy(policy), tokenizer, prompts, {"length": length}, 10, 0, batch_size=2)
     assert rows == again
+    monkeypatch.setattr(E, "MOST_LOGITS", 1)  # row by row
+    pieces = E.evaluate_policy(policy, random_model(tokenizer, 1), tokenizer, prompts * 20, {}, 10, 0)
+    assert E.column(pieces, "kl").tolist() == pytest.approx(E.column(other, "kl").tolist(), abs=1e-4)
