@@ -14,7 +14,7 @@ from .harness import (SEEDS, UPSTREAM, Variant, curves, default, difference, met
                       run_variants, settings_of, table, values, write_csv)
 
 KS = (1, 2, 4, 8, 16)
-SAMPLING = {"T 0.5": (0.5, 1.0), "T 0.7": (0.7, 1.0), "T 1": (1.0, 1.0), "T 1.3": (1.3, 1.0), "p 0.8": (1.0, 0.8),
+SAMPLING = {"T 0.5": (0.5, 1.0), "T 1": (1.0, 1.0), "T 1.3": (1.3, 1.0), "p 0.8": (1.0, 0.8),
             "T 0.7, p 0.9": (0.7, 0.9)}
 REWARD_SCALES = (0.1, 1.0, 10.0)
 

@@ -26,7 +26,6 @@ def online(root, figures, seeds=SEEDS):
     variants = {
         ("same steps", "plain"): Variant("ppo"), ("same steps", "offline"): Variant("contrastive"),
         ("same steps", "refreshed every 20"): Variant("contrastive", {"contrastive.refresh": 20}),
-        ("same steps", "fresh every step"): Variant("contrastive", {"contrastive.refresh": 1}),
         ("same steps", "groups of 4"): Variant("contrastive", group),
         ("same steps", "offline, no critic"): Variant("contrastive", {"ppo.critic": "none"}),
         ("same steps", "groups of 4, no critic"): Variant("contrastive", {**group, "ppo.critic": "none"}),

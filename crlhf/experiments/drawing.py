@@ -83,7 +83,7 @@ def frontier(rows, gains, path):
         left.errorbar(kl, gold, gold_half, kl_half, color=colour, linestyle=style, marker="o", markersize=4,
                       capsize=2, label=label, linewidth=1.5, elinewidth=0.7)
         gain = np.array([float(row["gain"]) for row in gains if row["method"] == method])
-        right.hist(gain, np.linspace(-3, 4, 57), histtype="step", density=True, color=colour, linestyle=style,
+        right.hist(gain, np.linspace(-1.5, 2.5, 41), histtype="step", density=True, color=colour, linestyle=style,
                    linewidth=1.5, label=f"{label}: {np.mean(gain > 0):.0%} of prompts up, mean {gain.mean():+.2f}")
     left.set(xlabel="KL from the SFT policy (nats)", ylabel="gold score on held-out prompts",
              title="Each point is one KL price (or beta)")
@@ -93,6 +93,10 @@ def frontier(rows, gains, path):
     for axis in (left, right):
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)
+    right.set_ylim(top=1.35 * right.get_ylim()[1])  # room for the legend
+    prices = [setting for setting in unique(rows, "setting") if setting.startswith("kl")]
+    figure.suptitle("Contrastive - plain PPO in gold: " +
+                    ", ".join(f"{gap_text(rows, price, 'contrastive')} at {price}" for price in prices), fontsize=11)
     return finish(figure, path)
 
 

@@ -54,8 +54,8 @@ def frontier(root, figures, seeds=SEEDS):
     only by how well they were optimised: small differences, largest under the tightest KL. DPO learns from the
     preferences of SFT responses alone, so it should fall behind PPO where the KL grows.
     """
-    variants = {(f"{kl:g}", method): Variant(method, {"ppo.kl_coef": kl}) for kl in KL_COEFS for method in METHODS[:2]}
-    variants |= {(f"{beta:g}", "dpo"): Variant("dpo", {"dpo.beta": beta}) for beta in BETAS}
+    variants = {(f"kl {kl:g}", method): Variant(method, {"ppo.kl_coef": kl}) for kl in KL_COEFS for method in METHODS[:2]}
+    variants |= {(f"beta {beta:g}", "dpo"): Variant("dpo", {"dpo.beta": beta}) for beta in BETAS}
     runs = run_variants(root, variants, seeds, "frontier")
     rows = results(runs)
     write_csv(figures / "frontier.csv", rows)
@@ -65,7 +65,7 @@ def frontier(root, figures, seeds=SEEDS):
                for target in TARGETS for method in (*METHODS[:2], "dpo") for seed in seeds]
     write_csv(figures / "frontier_matched.csv", matched)
     drawing.frontier(rows, gains, figures / "frontier.png")
-    return table(rows, "kl_coef or beta") + "\n\n" + matched_table(matched) + "\n\n" + duels(runs, rows)
+    return table(rows, "price of KL") + "\n\n" + matched_table(matched) + "\n\n" + duels(runs, rows)
 
 
 def gold_at(rows, method, seed, target):
@@ -100,7 +100,7 @@ def nearest(rows, method, target):
 
 def improvements(runs, rows):
     """Per prompt: mean gold of a policy's responses minus mean gold of the SFT policy's, each at about one KL."""
-    target = statistics.fmean(values(rows, f"{default('ppo.kl_coef'):g}", "contrastive", "kl"))
+    target = statistics.fmean(values(rows, f"kl {default('ppo.kl_coef'):g}", "contrastive", "kl"))
     gains = []
     for method in (*METHODS[:2], "dpo"):
         setting = nearest(rows, method, target)
@@ -122,7 +122,7 @@ def by_prompt(path):
 
 def duels(runs, rows):
     """Contrastive PPO against every other method on the same prompts, each at the setting nearest to its KL."""
-    mine = f"{default('ppo.kl_coef'):g}"
+    mine = f"kl {default('ppo.kl_coef'):g}"
     target = statistics.fmean(values(rows, mine, "contrastive", "kl"))
     lines = ["| contrastive PPO against | their KL | win | tie | loss |", "| --- | --- | --- | --- | --- |"]
     for method in ("ppo", "dpo"):
