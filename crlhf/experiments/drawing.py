@@ -203,6 +203,7 @@ def online(rows, steps, path):
     right.axvline(0, color="black", linewidth=0.8)
     right.grid(alpha=0.25)
     right.set_xlabel("gold minus offline baselines, paired by seed")
+    right.locator_params(axis="x", nbins=5)
     fresh, groups = (gap_text(rows, "same responses", method, "offline")
                      for method in ("fresh every step", "groups of 4"))
     figure.suptitle(f"At equal generated responses fresh baselines end {fresh} from offline ones, groups {groups}",
