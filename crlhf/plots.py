@@ -104,7 +104,7 @@ def gold_by_difficulty(results, path):
 
 def style_of(method, number):
     """Label, colour and line of a method; labels that aren't methods take the palette's colours in turn."""
-    palette = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777", "#000000")
+    palette = ("#E69F00", "#56B4E9", "#000000", "#CC79A7", "#009E73", "#777777")
     return STYLES.get(method, (method, palette[number % len(palette)], ("-", "--", "-.", ":")[number % 4]))
 
 

@@ -105,7 +105,7 @@ def test_every_experiment_runs_writes_its_csv_and_draws(small_world, tmp_path):
                  "overoptimisation", "limits"):
         text = experiments.EXPERIMENTS[name](tmp_path / "runs", tmp_path, (0, 1))
         rows = list(csv.DictReader(open(tmp_path / f"{name}.csv")))
-        assert rows and "| --- |" in text
+        assert rows and (name == "limits" or "| --- |" in text)
         assert name == "limits" or {row["seed"] for row in rows} == {"0", "1"} and (tmp_path / f"{name}.png").exists()
         assert experiments.EXPERIMENTS[name].__doc__.count("Prediction") == 1
 

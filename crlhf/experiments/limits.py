@@ -30,15 +30,17 @@ def limits(root, figures, seeds=None):
         if plain in seen:  # the same runs under another experiment's name
             continue
         seen.append(plain)
-        for method in [name for name in golds if plain and name.split(",")[0] in ("contrastive", "adaptive")]:
+        for method in [name for name in golds if plain and name in ("contrastive", "adaptive")]:
             gap, half = mean_interval([golds[method][seed] - plain[seed] for seed in plain])
             verdict = "worse" if gap + half < 0 else "better" if gap - half > 0 else "no difference beyond the interval"
             rows.append({"experiment": source, "setting": setting, "method": method, "minus_ppo": gap,
                          "half_width": half, "seeds": len(plain), "verdict": verdict})
     write_csv(figures / "limits.csv", rows)
+    better = sum(row["verdict"] == "better" for row in rows)
+    summary = f"{len(rows)} comparisons with plain PPO: {better} better beyond the interval"
+    if not any(row["verdict"] == "worse" for row in rows):
+        return summary + ", none worse."
     lines = ["| experiment | setting | method | minus plain PPO (paired) |", "| --- | --- | --- | --- |"]
     lines += [f"| {row['experiment']} | {row['setting']} | {row['method']} | {row['minus_ppo']:+.3f} ± "
               f"{row['half_width']:.3f} |" for row in rows if row["verdict"] == "worse"]
-    counts = {name: sum(row["verdict"] == name for row in rows) for name in ("better", "worse")}
-    return (f"{len(rows)} comparisons with plain PPO: {counts['better']} better beyond the interval, {counts['worse']} "
-            "worse. Worse in:\n\n" + "\n".join(lines))
+    return summary + ". Worse in:\n\n" + "\n".join(lines)
