@@ -145,3 +145,10 @@ def test_a_scaled_base_scales_every_score(small_world, tmp_path):
 
 def silent_reward(base):
     return H.silent_pipeline(H.configured(base, 0, "contrastive", {}), None).reward_callable("train")
+
+
+def test_gold_within_a_time_is_that_of_the_last_rollouts_then():
+    steps = [{"gold": float(gold)} for gold in range(10)]
+    spent = [1.0 + second for second in range(10)]
+    assert critics.recent_gold(steps, spent, 7.5) == 4.0  # rollouts 2 to 6
+    assert critics.recent_gold(steps, spent, 2.0) == 0.5 and critics.recent_gold(steps, spent, 0.1) == 0.0

@@ -1,5 +1,6 @@
 """What else changes the part that contrastive rewards play: when baselines are drawn, and what the critic knows."""
 
+import itertools
 import json
 import statistics
 
@@ -9,6 +10,7 @@ from ..ppo import prompt_order
 from . import drawing
 from .harness import SEEDS, Variant, configured, curves, results, run_variants, table, values, write_csv
 
+SECONDS = 5  # what every method gets when `online` compares at equal wall time
 CRITICS = ("reward_model", "zero_head", "shared", "none")
 
 
@@ -43,18 +45,28 @@ def online(root, figures, seeds=SEEDS):
         mine = [step for step in steps if all(step[name] == row[name] for name in ("setting", "method", "seed"))]
         offline_responses, offline_seconds = offline_cost(out, variant)
         row["responses"] = offline_responses + ppo.batch_size * len(mine) + refreshed_responses(variant, len(mine))
-        row["training_seconds"] = offline_seconds + sum(step[f"seconds_{phase}"] for step in mine
-                                                        for phase in ("rollout", "scoring", "update"))
+        spent = list(itertools.accumulate((sum(step[f"seconds_{phase}"] for phase in ("rollout", "scoring", "update"))
+                                           for step in mine), initial=offline_seconds))[1:]
+        row["training_seconds"] = spent[-1]
+        row["gold_in_time"] = recent_gold(mine, spent, SECONDS)
     write_csv(figures / "online.csv", rows)
     kept = ("setting", "method", "seed", "iteration", "gold", "kl")
     write_csv(figures / "online_curves.csv", [{key: row[key] for key in kept} for row in steps])
     drawing.online(rows, steps, figures / "online.png")
-    lines = ["\n\n| setting | baselines | responses generated | seconds of training |", "| --- | --- | --- | --- |"]
+    lines = [f"\n\n| setting | baselines | responses generated | seconds of training | gold after {SECONDS} s |",
+             "| --- | --- | --- | --- | --- |"]
     for setting, method in variants:
         seconds = "%.1f ± %.1f" % mean_interval(values(rows, setting, method, "training_seconds"))
         responses = statistics.fmean(values(rows, setting, method, "responses"))
-        lines.append(f"| {setting} | {method} | {responses:.0f} | {seconds} |")
+        in_time = "%.3f ± %.3f" % mean_interval(values(rows, setting, method, "gold_in_time"))
+        lines.append(f"| {setting} | {method} | {responses:.0f} | {seconds} | {in_time} |")
     return table(rows, "at", "offline") + "\n".join(lines)
+
+
+def recent_gold(steps, spent, seconds, window=5):
+    """Mean gold of the last five rollouts within a time, offline sampling included; of the first if there is none."""
+    done = max(sum(moment <= seconds for moment in spent), 1)
+    return statistics.fmean(step["gold"] for step in steps[max(0, done - window):done])
 
 
 def offline_cost(out, variant):
