@@ -1,17 +1,17 @@
 """The choices of the method: how many baselines, sampled how, scaled how."""
 
-import json
 import shutil
 import statistics
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from ..baselines import load_baselines
 from ..evaluate import mean_interval
 from ..runs import read_jsonl
 from . import drawing
-from .harness import (SEEDS, UPSTREAM, Variant, curves, default, difference, methods_of, prepare_bases, results,
-                      run_variants, settings_of, table, values, write_csv)
+from .harness import (SEEDS, Variant, copy_base, curves, default, difference, methods_of, prepare_bases, read_json,
+                      results, run_variants, settings_of, table, values, write_csv)
 
 KS = (1, 2, 4, 8, 16)
 SAMPLING = {"T 0.5": (0.5, 1.0), "T 1": (1.0, 1.0), "T 1.3": (1.3, 1.0), "p 0.8": (1.0, 0.8),
@@ -28,11 +28,11 @@ def samples(root, figures, seeds=SEEDS):
     """
     variants = {(f"k={k}", "contrastive"): Variant("contrastive", {"baselines.k": k}) for k in KS}
     runs = run_variants(root, variants | {("none", "ppo"): Variant("ppo")}, seeds, "samples")
-    rows, steps = results(runs), curves(runs, ("gold", "kl", "contrastive_variance", "reward_variance"))
+    rows, steps = results(runs), curves(runs, ("gold",))
     half_way = statistics.fmean(values(rows, "none", "ppo")) / 2 + start_of(steps) / 2
     for row in rows:
         out = runs[(row["setting"], row["method"]), row["seed"]]
-        report = json.loads((out / "baselines" / "variance.json").read_text(encoding="utf-8"))
+        report = read_json(out / "baselines" / "variance.json")
         row["baseline_seconds"] = report["seconds"] if row["method"] == "contrastive" else 0.0
         row["iterations_to_half"] = first_reach(steps, row, half_way)
     write_csv(figures / "samples.csv", rows)
@@ -77,7 +77,7 @@ def sampling(root, figures, seeds=SEEDS):
         out = runs[(row["setting"], row["method"]), row["seed"]]
         means = baseline_table(out)
         shifts = [means[prompt] - true_means[row["seed"]][prompt] for prompt in means]
-        report = json.loads((out / "baselines" / "variance.json").read_text(encoding="utf-8"))
+        report = read_json(out / "baselines" / "variance.json")
         row |= {"bias": statistics.fmean(shifts), "within_prompt_variance": report["within_prompt_variance"],
                 "start_variance": statistics.fmean(step["contrastive_variance"] for step in
                                                    read_jsonl(out / "contrastive" / "metrics.jsonl")[:3])}
@@ -95,7 +95,7 @@ def sampling(root, figures, seeds=SEEDS):
 
 def baseline_table(out):
     """prompt -> mean reward of its baselines."""
-    rows = read_jsonl(out / "baselines" / "baselines.jsonl")
+    rows = load_baselines(out / "baselines")
     return {row["prompt"]: statistics.fmean(row["rewards"]) for row in rows}
 
 
@@ -107,9 +107,9 @@ def scale(root, figures, seeds=SEEDS):
     for plain and contrastive rewards alike. Lambda by magnitudes keeps the raw reward's scale, so it does not: it
     only makes up for the reward that the baseline took away.
     """
+    prepare_bases(root, seeds, [{}])
     for factor in REWARD_SCALES:
         for seed in seeds if factor != 1 else ():
-            prepare_bases(root, [seed], [{}])
             scaled_base(Path(root) / f"seed{seed}", factor)
     ways = {"ppo": ("ppo", {}),
             "plain, scaled by std": ("contrastive", {"contrastive.coefficient": 0.0, "contrastive.scale": "std"}),
@@ -144,10 +144,8 @@ def scaled_base(folder, factor):
     target = folder / scaled_name(factor)
     if (target / "held_out.jsonl").exists():
         return
-    for stage in UPSTREAM:
-        shutil.copytree(folder / "base" / stage, target / stage, dirs_exist_ok=True)
+    copy_base(folder / "base", target)
     weights = load_file(target / "reward" / "model.safetensors")
     weights["score.weight"] *= factor
     save_file(weights, target / "reward" / "model.safetensors", metadata={"format": "pt"})
-    for name in ("config.json", "held_out.jsonl"):
-        shutil.copy(folder / "base" / name, target / name)
+    shutil.copy(folder / "base" / "held_out.jsonl", target / "held_out.jsonl")

@@ -1,14 +1,14 @@
 """What else changes the part that contrastive rewards play: when baselines are drawn, and what the critic knows."""
 
 import itertools
-import json
 import statistics
 
+from ..baselines import load_baselines
 from ..config import Config
 from ..evaluate import mean_interval
 from ..ppo import prompt_order
 from . import drawing
-from .harness import SEEDS, Variant, configured, curves, results, run_variants, table, values, write_csv
+from .harness import SEEDS, Variant, configured, curves, read_json, results, run_variants, table, values, write_csv
 
 SECONDS = 5  # what every method gets when `online` compares at equal wall time
 CRITICS = ("reward_model", "zero_head", "shared", "none")
@@ -38,7 +38,7 @@ def online(root, figures, seeds=SEEDS):
             Variant("contrastive", {**group, "ppo.iterations": budget // ppo.batch_size})}
     runs = run_variants(root, variants, seeds, "online")
     rows = results(runs)
-    steps = curves(runs, ("gold", "kl", "contrastive_variance", "seconds_rollout", "seconds_scoring", "seconds_update"))
+    steps = curves(runs, ("gold", "kl", "seconds_rollout", "seconds_scoring", "seconds_update"))
     for row in rows:
         key = (row["setting"], row["method"])
         out, variant = runs[key, row["seed"]], variants[key]
@@ -73,9 +73,8 @@ def offline_cost(out, variant):
     """(responses, seconds) of the baselines that were drawn before training."""
     if variant.method == "ppo" or variant.settings.get("contrastive.source") == "group":
         return 0, 0.0
-    report = json.loads((out / "baselines" / "variance.json").read_text(encoding="utf-8"))
-    with open(out / "baselines" / "baselines.jsonl", encoding="utf-8") as file:
-        return report["k"] * sum(1 for _ in file), report["seconds"]
+    report = read_json(out / "baselines" / "variance.json")
+    return report["k"] * len(load_baselines(out / "baselines")), report["seconds"]
 
 
 def refreshed_responses(variant, iterations):

@@ -17,9 +17,10 @@ from .. import reviews
 from ..baselines import load_baselines
 from ..contrastive import aggregate
 from ..evaluate import mean_interval
-from ..plots import finish, plt, style_of
+from ..plots import finish, plt
 from ..policy import generate
 from ..runs import stream
+from .drawing import style_of
 from .estimators import correlation, fit_line, gradient_shares, quantile_groups
 from .harness import SEEDS, Variant, default, run_variants, write_csv
 from .variance import EARLY, analyse, open_run

@@ -8,32 +8,60 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ..evaluate import mean_interval
-from ..plots import band, error_bars, finish, picked, style_of, unique
+from ..plots import STYLES, finish, smooth
+from .harness import difference, methods_of, settings_of, values
+
+
+def style_of(method, number):
+    """Label, colour and line of a method; labels that aren't methods take the palette's colours in turn."""
+    palette = ("#E69F00", "#56B4E9", "#000000", "#CC79A7", "#009E73", "#777777")
+    return STYLES.get(method, (method, palette[number % len(palette)], ("-", "--", "-.", ":")[number % 4]))
+
+
+def picked(rows, setting, method, key):
+    return np.array(values(rows, setting, method, key))
 
 
 def gap_text(rows, setting, method, reference="ppo", reference_setting=None):
     """'+0.07 ± 0.06': paired difference in gold to a reference."""
-    others = picked(rows, reference_setting or setting, reference, "gold")
-    return "%+.2f ± %.2f" % mean_interval(picked(rows, setting, method, "gold") - others)
+    return "%+.2f ± %.2f" % difference(rows, setting, method, reference, reference_setting=reference_setting)
 
 
-def by_setting(rows, path, xlabel, title, reference="ppo", differences=None):
-    """Left: gold of every method. Right: its paired difference to a reference method (those in `differences`)."""
-    methods = unique(rows, "method")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
-    error_bars(left, rows, methods)
-    error_bars(right, rows, differences or [method for method in methods if method != reference], reference=reference)
-    right.axhline(0, color="black", linewidth=0.8)
-    left.set(xlabel=xlabel, ylabel="gold score on held-out prompts")
-    right.set(xlabel=xlabel, ylabel=f"minus {style_of(reference, 0)[0]}, paired by seed")
-    left.legend(fontsize=8)
-    figure.suptitle(title, fontsize=11)
-    return finish(figure, path)
+def error_bars(axis, rows, methods, key="gold", reference=None):
+    """Mean over seeds and its 95% interval for each setting; with a reference, of the paired difference to it."""
+    settings = settings_of(rows)
+    for number, method in enumerate(methods):
+        there = [place for place, setting in enumerate(settings) if method in methods_of(rows, setting)]
+        columns = [picked(rows, settings[place], method, key) for place in there]
+        if reference:
+            columns = [column - picked(rows, settings[place], reference, key) for column, place in zip(columns, there)]
+        means, halves = np.array([mean_interval(column) for column in columns]).T
+        label, colour, style = style_of(method, number)
+        axis.errorbar(np.array(there) + 0.09 * (number - (len(methods) - 1) / 2), means, halves, color=colour,
+                      linestyle=style, marker="o", markersize=4, capsize=3, label=label, linewidth=1.5)
+    axis.set_xticks(range(len(settings)), settings)
+    axis.grid(alpha=0.25)
+
+
+def per_seed(rows, method, key):
+    """Curves of one method, one list a seed."""
+    mine = [row for row in rows if row["method"] == method]
+    return [[row[key] for row in mine if row["seed"] == seed] for seed in dict.fromkeys(row["seed"] for row in mine)]
+
+
+def band(axis, rows, setting, method, key, number=0, window=5):
+    """A curve over iterations: mean over seeds, smoothed, and its 95% interval."""
+    curves = per_seed([row for row in rows if row["setting"] == setting], method, key)
+    means, halves = np.array([mean_interval(column) for column in np.transpose([smooth(c, window) for c in curves])]).T
+    label, colour, style = style_of(method, number)
+    axis.plot(means, color=colour, linestyle=style, label=label, linewidth=1.8)
+    axis.fill_between(range(len(means)), means - halves, means + halves, color=colour, alpha=0.15, linewidth=0)
+    axis.grid(alpha=0.25)
 
 
 def sweep(rows, path):
     """One panel a method: mean gold for every learning rate and KL price."""
-    methods = unique(rows, "method")
+    methods = methods_of(rows)
     figure, axes = plt.subplots(1, len(methods), figsize=(2.9 * len(methods), 3.4))
     for axis, method in zip(axes, methods):
         mine = [row for row in rows if row["method"] == method]
@@ -56,14 +84,14 @@ def sweep(rows, path):
 
 def compare(steps, rows, path):
     """Gold score over iterations, one panel for each kind of rater."""
-    settings = unique(steps, "setting")
+    settings = settings_of(steps)
     figure, axes = plt.subplots(1, len(settings), figsize=(4 * len(settings), 4.2), sharey=True)
     for axis, setting in zip(np.atleast_1d(axes), settings):
-        for number, method in enumerate(unique(steps, "method")):
+        for number, method in enumerate(methods_of(steps)):
             band(axis, steps, setting, method, "gold", number)
         axis.set_title(f"{setting}:\ncontrastive ends {gap_text(rows, setting, 'contrastive')} from plain", fontsize=10)
         axis.set_xlabel("PPO iteration")
-    dpo = [float(row["gold"]) for row in rows if row["method"] == "dpo"]
+    dpo = [row["gold"] for row in rows if row["method"] == "dpo"]
     for axis in np.atleast_1d(axes) if dpo else ():
         axis.axhline(np.mean(dpo), color=style_of("dpo", 0)[1], linestyle=":", label="DPO, at its end")
     np.atleast_1d(axes)[0].set_ylabel("true (gold) reward")
@@ -74,15 +102,15 @@ def compare(steps, rows, path):
 def frontier(rows, gains, path):
     """Left: gold against KL, one line a method over its KL prices. Right: improvement of each prompt over SFT."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4))
-    for number, method in enumerate(unique(rows, "method")):
+    for number, method in enumerate(methods_of(rows)):
         mine = [row for row in rows if row["method"] == method]
         points = [[mean_interval(picked(mine, setting, method, key)) for key in ("kl", "gold")]
-                  for setting in unique(mine, "setting")]
+                  for setting in settings_of(mine)]
         (kl, kl_half), (gold, gold_half) = np.array(points).transpose(1, 2, 0)
         label, colour, style = style_of(method, number)
         left.errorbar(kl, gold, gold_half, kl_half, color=colour, linestyle=style, marker="o", markersize=4,
                       capsize=2, label=label, linewidth=1.5, elinewidth=0.7)
-        gain = np.array([float(row["gain"]) for row in gains if row["method"] == method])
+        gain = np.array([row["gain"] for row in gains if row["method"] == method])
         right.hist(gain, np.linspace(-1.5, 2.5, 41), histtype="step", density=True, color=colour, linestyle=style,
                    linewidth=1.5, label=f"{label}: {np.mean(gain > 0):.0%} of prompts up, mean {gain.mean():+.2f}")
     left.set(xlabel="KL from the SFT policy (nats)", ylabel="gold score on held-out prompts",
@@ -94,7 +122,7 @@ def frontier(rows, gains, path):
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)
     right.set_ylim(top=1.35 * right.get_ylim()[1])  # room for the legend
-    prices = [setting for setting in unique(rows, "setting") if setting.startswith("kl")]
+    prices = [setting for setting in settings_of(rows) if setting.startswith("kl")]
     figure.suptitle("Contrastive - plain PPO in gold: " +
                     ", ".join(f"{gap_text(rows, price, 'contrastive')} at {price}" for price in prices), fontsize=11)
     return finish(figure, path)
@@ -102,11 +130,11 @@ def frontier(rows, gains, path):
 
 def noise(rows, path):
     """One column for each kind of noise: gold above, the paired difference to plain PPO below."""
-    axes_names = unique(rows, "axis")
+    axes_names = list(dict.fromkeys(row["axis"] for row in rows))
     figure, panels = plt.subplots(2, len(axes_names), figsize=(12, 6.4), sharey="row")
     for (top, bottom), name in zip(panels.T, axes_names):
         mine = [{**row, "setting": row["setting"].split(" ")[-1]} for row in rows if row["axis"] == name]
-        methods = unique(mine, "method")
+        methods = methods_of(mine)
         error_bars(top, mine, methods)
         error_bars(bottom, mine, [method for method in methods if method != "ppo"], reference="ppo")
         bottom.axhline(0, color="black", linewidth=0.8)
@@ -141,7 +169,7 @@ def samples(rows, path):
                          linewidth=0)
         axis.set(xlabel="k, offline responses per prompt", ylabel=name)
     axes[0].legend(fontsize=8)
-    fewest, *_, most = unique(mine, "setting")
+    fewest, *_, most = settings_of(mine)
     figure.suptitle(f"From k = {fewest} to {most} gold changes by "
                     f"{gap_text(mine, most, 'contrastive', 'contrastive', fewest)} (paired)", fontsize=11)
     return finish(figure, path)
@@ -157,7 +185,7 @@ def sampling(rows, path):
         axis.set_ylabel(name)
         axis.tick_params(axis="x", labelsize=7)
         axis.lines[0].set_linestyle("none")
-    others = [setting for setting in unique(rows, "setting") if setting != "T 1"]
+    others = [setting for setting in settings_of(rows) if setting != "T 1"]
     gaps = ", ".join(f"{gap_text(rows, setting, 'contrastive', 'contrastive', 'T 1')} ({setting})" for setting in others)
     figure.suptitle(f"Gold minus that with baselines at T = 1, paired: {gaps}", fontsize=10)
     return finish(figure, path)
@@ -166,17 +194,17 @@ def sampling(rows, path):
 def scale(rows, steps, path):
     """Gold and KL over the scale of the reward, and lambda over time."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 4))
-    methods = unique(rows, "method")
+    methods = methods_of(rows)
     short = [{**row, "setting": row["setting"].removeprefix("reward ")} for row in rows]
     for axis, key, name in zip(axes, ("gold", "kl"), ("gold score at the end", "KL from the SFT policy (nats)")):
         error_bars(axis, short, methods, key)
         axis.set(xlabel="all rewards multiplied by", ylabel=name)
     for number, method in enumerate(methods):
         if method not in ("ppo", "contrastive"):
-            band(axes[2], [row for row in steps if row["scale"] != ""], "reward x 1", method, "scale", number, window=1)
+            band(axes[2], steps, "reward x 1", method, "scale", number, window=1)
     axes[2].set(xlabel="PPO iteration", ylabel="lambda, at reward x 1")
     axes[0].legend(fontsize=7)
-    spread = {method: np.ptp([picked(rows, setting, method, "gold").mean() for setting in unique(rows, "setting")])
+    spread = {method: np.ptp([picked(rows, setting, method, "gold").mean() for setting in settings_of(rows)])
               for method in methods if method != "contrastive, magnitude"}
     steady = min(spread, key=spread.get)
     figure.suptitle(f"Over scales 0.1 to 10 gold moves by {spread['ppo']:.2f} with plain PPO, by "
@@ -188,7 +216,7 @@ def scale(rows, steps, path):
 def online(rows, steps, path):
     """Gold over iterations at equal steps, and the ends at equal steps and at equal generated responses."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), width_ratios=(1.2, 1))
-    for number, method in enumerate(unique([row for row in steps if row["setting"] == "same steps"], "method")):
+    for number, method in enumerate(methods_of(steps, "same steps")):
         band(left, steps, "same steps", method, "gold", number)
     left.set(xlabel="PPO iteration (64 responses each)", ylabel="gold score of the rollouts")
     left.legend(fontsize=7)
@@ -214,7 +242,7 @@ def online(rows, steps, path):
 def critic(rows, steps, path):
     """Gold by critic, the difference to plain PPO, and how well each critic predicts."""
     figure, axes = plt.subplots(1, 3, figsize=(12.5, 4.1))
-    methods = unique(rows, "method")
+    methods = methods_of(rows)
     error_bars(axes[0], rows, methods)
     error_bars(axes[1], rows, methods[1:], reference="ppo")
     axes[1].axhline(0, color="black", linewidth=0.8)
@@ -235,19 +263,17 @@ def critic(rows, steps, path):
 
 def overoptimisation(steps, path):
     """Reward and gold over iterations and against KL, without a KL price."""
-    setting = unique(steps, "setting")[0]
+    setting = settings_of(steps)[0]
     figure, axes = plt.subplots(1, 3, figsize=(12, 4))
     for axis, key, name in zip(axes, ("reward", "gold", "kl"),
                                ("reward that PPO sees", "gold score", "KL from SFT (nats)")):
-        for number, method in enumerate(unique(steps, "method")):
+        for number, method in enumerate(methods_of(steps)):
             band(axis, steps, setting, method, key, number)
         axis.set(xlabel="PPO iteration", ylabel=name)
     axes[0].legend(fontsize=8)
     drops = []
     for method in ("ppo", "contrastive"):
-        mine = [row for row in steps if row["method"] == method]
-        golds = [[float(row["gold"]) for row in mine if row["seed"] == seed] for seed in unique(mine, "seed")]
-        means = np.convolve(np.mean(golds, 0), np.ones(5) / 5, "valid")
+        means = np.convolve(np.mean(per_seed(steps, method, "gold"), 0), np.ones(5) / 5, "valid")
         drops.append(f"{means[-1] - means.max():+.2f} ({style_of(method, 0)[0]})")
     figure.suptitle(f"Without a KL price: gold at the end minus at its best: {', '.join(drops)}", fontsize=11)
     return finish(figure, path)
@@ -257,7 +283,7 @@ def adversary(rows, path):
     """Gold and the share of responses with the phrase, for every kind of rater and method."""
     labels = list(dict.fromkeys((row["setting"], row["method"]) for row in rows))
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
-    colours = dict(zip(unique(rows, "setting"), ("#777777", "#D55E00", "#0072B2")))
+    colours = dict(zip(settings_of(rows), ("#777777", "#D55E00", "#0072B2")))
     for axis, key, name in zip(axes, ("gold", "exploit"), ("gold score", "share of responses with the phrase")):
         for place, (setting, method) in enumerate(reversed(labels)):
             mean, half = mean_interval(picked(rows, setting, method, key))

@@ -1,17 +1,18 @@
 """Reward hacking: what happens when the policy is pushed on, and when the reward model has a hole."""
 
-import json
 import re
 import shutil
+import statistics
 from pathlib import Path
 
 from .. import reviews
+from ..baselines import load_baselines, save_baselines
 from ..policy import generate
 from ..reviews import EXPLOIT
 from ..runs import read_jsonl, stream, write_jsonl
 from . import drawing
-from .harness import (SEEDS, UPSTREAM, Variant, base_name, configured, curves, prepare_bases, results, run_jobs,
-                      run_variants, silent_pipeline, table, write_csv)
+from .harness import (SEEDS, Variant, base_name, configured, copy_base, curves, methods_of, prepare_bases, results,
+                      run_jobs, run_variants, settings_of, silent_pipeline, table, values, write_csv)
 
 METHODS = ("ppo", "contrastive")
 FOOLED = {"world.fooled": 1.0}
@@ -45,11 +46,11 @@ def adversary(root, figures, seeds=SEEDS):
     """
     prepare_bases(root, seeds, [FOOLED])
     folders = {seed: Path(root) / f"seed{seed}" for seed in seeds}
-    run_jobs([(edited_base, str(folder), with_phrase) for folder in folders.values() for with_phrase in (True, False)
+    run_jobs([(edited_base, str(folder), seed, with_phrase) for seed, folder in folders.items() for with_phrase in EDITS
               if not (folder / f"base {EDITS[with_phrase]}" / "held_out.jsonl").exists()], "edited baselines")
     fooled = {("fooled raters", method): Variant(method, FOOLED) for method in METHODS}
     fooled |= {("fooled raters", f"contrastive, {EDITS[with_phrase]}"):
-               Variant("contrastive", FOOLED, f"base {EDITS[with_phrase]}") for with_phrase in (True, False)}
+               Variant("contrastive", FOOLED, f"base {EDITS[with_phrase]}") for with_phrase in EDITS}
     runs = run_variants(root, fooled, seeds, "fooled raters")
     run_jobs([(retrained_base, str(folder), seed) for seed, folder in folders.items()
               if not (folder / "base retrained" / "held_out.jsonl").exists()], "reward models retrained on exploits")
@@ -59,35 +60,21 @@ def adversary(root, figures, seeds=SEEDS):
     rows = results(runs)
     write_csv(figures / "adversary.csv", rows)
     drawing.adversary(rows, figures / "adversary.png")
-    shares = [f"{setting}, {method}: {sum(part) / len(part):.0%}"
-              for (setting, method), part in exploit_shares(rows).items()]
+    shares = [f"{setting}, {method}: {statistics.fmean(values(rows, setting, method, 'exploit')):.0%}"
+              for setting in settings_of(rows) for method in methods_of(rows, setting)]
     return table(rows, "raters") + "\n\nResponses with the phrase: " + "; ".join(shares)
 
 
-def exploit_shares(rows):
-    shares = {}
-    for row in rows:
-        shares.setdefault((row["setting"], row["method"]), []).append(row["exploit"])
-    return shares
-
-
-def copy_base(source, target, stages=UPSTREAM):
-    for stage in stages:
-        shutil.copytree(source / stage, target / stage, dirs_exist_ok=True)
-    shutil.copy(source / "config.json", target / "config.json")
-
-
-def edited_base(folder, with_phrase):
+def edited_base(folder, seed, with_phrase):
     """In a process of its own: the fooled raters' base with the phrase in every baseline, or in none."""
     source, target = Path(folder) / base_name(FOOLED), Path(folder) / f"base {EDITS[with_phrase]}"
-    seed = json.loads((source / "config.json").read_text(encoding="utf-8"))["run"]["seed"]
     copy_base(source, target)
     reward = silent_pipeline(configured(target, seed, "contrastive", FOOLED), None).noisy_reward()
-    rows = read_jsonl(target / "baselines" / "baselines.jsonl")
+    rows = load_baselines(target / "baselines")
     for row in rows:
         row["responses"] = [edited(response, with_phrase) for response in row["responses"]]
         row["rewards"] = reward([row["prompt"]] * len(row["responses"]), row["responses"]).tolist()
-    write_jsonl(target / "baselines" / "baselines.jsonl", rows)
+    save_baselines(target / "baselines", rows)
     shutil.copy(source / "held_out.jsonl", target / "held_out.jsonl")
 
 
@@ -118,7 +105,6 @@ def retrained_base(folder, seed):
                  configured(hacked, seed, "ppo", FOOLED), None).model("ppo")))]
     new = reviews.make_preferences(prompts, *sides, f"{seed}-exploits", world.label_flips, world.flips)
     path = target / "preferences" / "preferences.jsonl"
-    old = [row for row in read_jsonl(path) if not row.get("new")]
-    write_jsonl(path, old + [{**row, "new": True} for row in new])
+    write_jsonl(path, read_jsonl(path) + new)
     pipeline.run_to("baselines", redo=True)
     shutil.copy(source / "held_out.jsonl", target / "held_out.jsonl")

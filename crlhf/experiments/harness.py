@@ -73,6 +73,10 @@ def configured(folder, seed, method, settings):
     return config
 
 
+def read_json(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 # ------------------------------------------------------------------------------------------- running runs
 
 
@@ -86,6 +90,13 @@ def take_over(base, out):
             shutil.copytree(Path(base) / stage, temporary, copy_function=link)
             os.replace(temporary, target)
     shutil.copy(Path(base) / "config.json", Path(out) / "config.json")
+
+
+def copy_base(source, target, stages=UPSTREAM):
+    """A base of its own, to be changed by a question: copies, where `take_over` links."""
+    for stage in stages:
+        shutil.copytree(Path(source) / stage, Path(target) / stage, dirs_exist_ok=True)
+    shutil.copy(Path(source) / "config.json", Path(target) / "config.json")
 
 
 def link(source, target):
@@ -149,7 +160,7 @@ def is_done(out, seed, variant):
     from ..pipeline import Pipeline
 
     try:
-        found = json.loads((out / "result.json").read_text(encoding="utf-8"))["fingerprint"]
+        found = read_json(out / "result.json")["fingerprint"]
     except (OSError, ValueError, KeyError):
         return False
     return found == Pipeline(configured(out, seed, variant.method, variant.settings)).fingerprints()[variant.method]
@@ -211,7 +222,7 @@ def results(folders):
     """One row per run: {setting, method, seed, gold, reward, ...}. Labels are (setting, method)."""
     rows = []
     for ((setting, method), seed), out in folders.items():
-        found = json.loads((out / "result.json").read_text(encoding="utf-8"))
+        found = read_json(out / "result.json")
         del found["fingerprint"]
         rows.append({"setting": setting, "method": method, "seed": seed, **found})
     return rows

@@ -9,7 +9,7 @@ from . import drawing
 from .harness import SEEDS, Variant, curves, default, results, run_variants, table, values, write_csv
 from .sweep import tuned
 
-METHODS = ("ppo", "contrastive", "adaptive")
+METHODS = ("ppo", "contrastive")
 KL_COEFS = (0.01, 0.02, default("ppo.kl_coef"), 0.1)
 BETAS = (0.01, default("dpo.beta"), 0.1, 0.3)
 TARGETS = (2.0, 3.0, 4.0)  # nats
@@ -25,8 +25,9 @@ def compare(root, figures, seeds=SEEDS):
     setting gives every method the learning rate and KL price that were best for it in `sweep`, with a bias of 1.
     """
     variants = {(f"rater bias {bias:g}", method): Variant(method, {"world.prompt_bias": bias})
-                for bias in (0.0, 1.0) for method in METHODS}
-    variants |= {("each at its best", method): Variant(method, tuned(figures, method)) for method in (*METHODS, "dpo")}
+                for bias in (0.0, 1.0) for method in (*METHODS, "adaptive")}
+    variants |= {("each at its best", method): Variant(method, tuned(figures, method))
+                 for method in (*METHODS, "adaptive", "dpo")}
     runs = run_variants(root, variants, seeds, "compare")
     rows = results(runs)
     steps = curves({key: out for key, out in runs.items() if key[0][1] != "dpo"}, ("gold", "reward", "kl"))
@@ -34,7 +35,7 @@ def compare(root, figures, seeds=SEEDS):
     write_csv(figures / "compare_curves.csv", steps)
     drawing.compare(steps, rows, figures / "compare.png")
     early = [early_difference(steps, setting, method) for setting in dict.fromkeys(row["setting"] for row in steps)
-             for method in METHODS[1:]]
+             for method in ("contrastive", "adaptive")]
     return table(rows, "raters") + "\n\nGold over the first ten iterations, minus plain PPO: " + "; ".join(early)
 
 
@@ -54,7 +55,7 @@ def frontier(root, figures, seeds=SEEDS):
     only by how well they were optimised: small differences, largest under the tightest KL. DPO learns from the
     preferences of SFT responses alone, so it should fall behind PPO where the KL grows.
     """
-    variants = {(f"kl {kl:g}", method): Variant(method, {"ppo.kl_coef": kl}) for kl in KL_COEFS for method in METHODS[:2]}
+    variants = {(f"kl {kl:g}", method): Variant(method, {"ppo.kl_coef": kl}) for kl in KL_COEFS for method in METHODS}
     variants |= {(f"beta {beta:g}", "dpo"): Variant("dpo", {"dpo.beta": beta}) for beta in BETAS}
     runs = run_variants(root, variants, seeds, "frontier")
     rows = results(runs)
@@ -62,7 +63,7 @@ def frontier(root, figures, seeds=SEEDS):
     gains = improvements(runs, rows)
     write_csv(figures / "frontier_improvement.csv", gains)
     matched = [{"target_kl": target, "method": method, "seed": seed, "gold": gold_at(rows, method, seed, target)}
-               for target in TARGETS for method in (*METHODS[:2], "dpo") for seed in seeds]
+               for target in TARGETS for method in (*METHODS, "dpo") for seed in seeds]
     write_csv(figures / "frontier_matched.csv", matched)
     drawing.frontier(rows, gains, figures / "frontier.png")
     return table(rows, "price of KL") + "\n\n" + matched_table(matched) + "\n\n" + duels(runs, rows)
@@ -102,7 +103,7 @@ def improvements(runs, rows):
     """Per prompt: mean gold of a policy's responses minus mean gold of the SFT policy's, each at about one KL."""
     target = statistics.fmean(values(rows, f"kl {default('ppo.kl_coef'):g}", "contrastive", "kl"))
     gains = []
-    for method in (*METHODS[:2], "dpo"):
+    for method in (*METHODS, "dpo"):
         setting = nearest(rows, method, target)
         for ((name, label), seed), out in runs.items():
             if (name, label) == (setting, method):

@@ -16,7 +16,6 @@ The law's four terms come from responses of their own; the points it is compared
 prompts, so the law can fail.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,8 @@ from ..policy import generate
 from ..runs import stream, write_json
 from .estimators import (batch_variance, best_share, components, covariance, gradient_trace, law, score_gradients,
                          windows)
-from .harness import SEEDS, Variant, curves, default, run_jobs, run_variants, silent_pipeline, write_csv
+from .harness import (SEEDS, Variant, curves, default, read_json, run_jobs, run_variants, silent_pipeline,
+                      write_csv)
 
 BIASES = {"no constant": 0.0, "constant, sd 1": 1.0}  # that raters add to all rewards of a prompt
 METHODS = ("ppo", "contrastive", "adaptive")
@@ -56,10 +56,6 @@ def analyse(root, name, measure, folders, seeds):
             jobs.append((measure_to, str(file), prints, measure, seed, runs))
     run_jobs(jobs, name)
     return [row for file in files.values() for row in read_json(file)["rows"]]
-
-
-def read_json(path):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def measure_to(file, prints, measure, seed, runs):
