@@ -227,6 +227,9 @@ def validate(config):
                         "of it")
     if config.contrastive.source == "group" and ppo.group_size == 1:
         raise UserError("--contrastive-source group compares responses to one prompt with each other: add --ppo-group-size 4")
+    if config.contrastive.source == "group" and config.contrastive.refresh:
+        raise UserError("--contrastive-refresh draws offline baselines again, and --contrastive-source group has none: leave "
+                        "one of them out")
     if config.data.dataset == "reviews" and config.world.train_prompts < ppo.batch_size // ppo.group_size:
         raise UserError(f"--train-prompts {config.world.train_prompts} is less than --ppo-batch-size {ppo.batch_size}: "
                         "lower the batch size or raise the number of prompts")
