@@ -102,6 +102,7 @@ def compare(steps, rows, path):
 def frontier(rows, gains, path):
     """Left: gold against KL, one line a method over its KL prices. Right: improvement of each prompt over SFT."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4))
+    bins = np.arange(-1.53125, 2.5, 0.125)  # gains are multiples of 1/16: two of them in every bin
     for number, method in enumerate(methods_of(rows)):
         mine = [row for row in rows if row["method"] == method]
         points = [[mean_interval(picked(mine, setting, method, key)) for key in ("kl", "gold")]
@@ -111,7 +112,7 @@ def frontier(rows, gains, path):
         left.errorbar(kl, gold, gold_half, kl_half, color=colour, linestyle=style, marker="o", markersize=4,
                       capsize=2, label=label, linewidth=1.5, elinewidth=0.7)
         gain = np.array([row["gain"] for row in gains if row["method"] == method])
-        right.hist(gain, np.linspace(-1.5, 2.5, 41), histtype="step", density=True, color=colour, linestyle=style,
+        right.hist(gain, bins, histtype="step", density=True, color=colour, linestyle=style,
                    linewidth=1.5, label=f"{label}: {np.mean(gain > 0):.0%} of prompts up, mean {gain.mean():+.2f}")
     left.set(xlabel="KL from the SFT policy (nats)", ylabel="gold score on held-out prompts",
              title="Each point is one KL price (or beta)")
@@ -124,7 +125,7 @@ def frontier(rows, gains, path):
     right.set_ylim(top=1.35 * right.get_ylim()[1])  # room for the legend
     prices = [setting for setting in settings_of(rows) if setting.startswith("kl")]
     figure.suptitle("Contrastive - plain PPO in gold: " +
-                    ", ".join(f"{gap_text(rows, price, 'contrastive')} at {price}" for price in prices), fontsize=11)
+                    ", ".join(f"{gap_text(rows, price, 'contrastive')} at {price}" for price in prices), fontsize=10)
     return finish(figure, path)
 
 
