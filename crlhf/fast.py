@@ -88,31 +88,33 @@ def attend_once(query, keys, values, hidden):
     return torch.bmm(weights, values).view(B, heads, 1, size)
 
 
-def hidden_states(trunk, ids, mask, position_ids, cache=None):
-    """Hidden states after the final norm: (B, n) new ids -> (B, n, D).
+def hidden_states(trunk, ids, mask, position_ids, cache=None, last=None):
+    """Hidden states after the final norm of the `last` columns (None: of all): (B, n) new ids -> (B, last, D).
 
     mask: (B, L) bool over all L columns so far, of which the ids are the last n. Without a cache n = L.
+    The final block computes keys and values of all columns, and the rest only of those that are asked for.
     """
     n, device = ids.shape[1], ids.device.type
+    lasts = [n] * (len(trunk.h) - 1) + [last or n]
     x = F.embedding(ids, trunk.wte.weight) + F.embedding(position_ids, trunk.wpe.weight)
     allowed = attention_mask(mask, n, cache.length if cache is not None else n,
                              torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
     if cache is not None:
         columns = cache.used + torch.arange(n, device=ids.device)
-        for block, store in zip(trunk.h, cache.store):
-            x = through_block(block, x, allowed, store, columns)
+        for block, last, store in zip(trunk.h, lasts, cache.store):
+            x = through_block(block, x, allowed, last, store, columns)
         cache.used.add_(n)
     elif getattr(trunk, "recompute", False):  # see models.recompute_activations
-        for block in trunk.h:
-            x = checkpoint(through_block, block, x, allowed, use_reentrant=False, preserve_rng_state=False)
+        for block, last in zip(trunk.h, lasts):
+            x = checkpoint(through_block, block, x, allowed, last, use_reentrant=False, preserve_rng_state=False)
     else:
-        for block in trunk.h:
-            x = through_block(block, x, allowed)
+        for block, last in zip(trunk.h, lasts):
+            x = through_block(block, x, allowed, last)
     return norm(x, trunk.ln_f)
 
 
-def through_block(block, x, allowed, store=None, columns=None):
-    """One transformer block: (B, n, D) -> (B, n, D).
+def through_block(block, x, allowed, last, store=None, columns=None):
+    """One transformer block, of which only the `last` columns are read: (B, n, D) -> (B, last, D).
 
     store: keys and values of this block's cache, (2, B, heads, L, size); the new ones go into its `columns`, (n,).
     """
@@ -123,11 +125,13 @@ def through_block(block, x, allowed, store=None, columns=None):
     if store is not None:
         keys, values = store
         keys.index_copy_(2, columns, key), values.index_copy_(2, columns, value)
+    if last < n:
+        x, query, allowed = x[:, -last:], query[:, :, -last:], allowed[:, :, -last:]
     if store is None or n > 1:  # a whole text, or a prompt: the new tokens are all there are
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
     else:  # all columns of the cache, those to come too: slicing them off would cost more than it saves
         attended = attend_once(query, keys, values, allowed)
-    x = x + linear(attended.transpose(1, 2).reshape(B, n, D), block.attn.c_proj)
+    x = x + linear(attended.transpose(1, 2).reshape(B, last, D), block.attn.c_proj)
     # autograd would have to keep every step of quick_gelu, so it is for sampling only
     gelu = quick_gelu if store is not None and x.device.type == "cpu" else partial(F.gelu, approximate="tanh")
     return x + linear(gelu(linear(norm(x, block.ln_2), block.mlp.c_fc)), block.mlp.c_proj)

@@ -23,16 +23,22 @@ class Workload:
     prompts: int = 64      # baselines: number of prompts
 
 
-def trunk_flops(work, tokens, pairs):
+def trunk_flops(work, tokens, columns, last=None):
     """Forward FLOPs of one row through all blocks. An (a, b) x (b, c) product costs 2abc.
 
-    tokens: how many are computed. pairs: (query, key) pairs the attention forms, hidden ones included.
+    tokens: how many are computed. columns: how many each of them looks at, hidden ones included. last: of how many the
+    output is read; the final block computes no more than keys, values and queries of the others.
     """
     D = work.width
-    projections = 2 * tokens * D * 3 * D + 2 * tokens * D * D  # query, key, value; output
-    mlp = 2 * (2 * tokens * D * 4 * D)                         # D -> 4D -> D
-    attention = 2 * (2 * pairs * D)                            # query times key, then weights times value
-    return work.layers * (projections + mlp + attention)
+    query_key_value = 2 * tokens * D * 3 * D
+
+    def rest(n):
+        attention = 2 * (2 * n * columns * D)      # query times key, then weights times value
+        output = 2 * n * D * D
+        mlp = 2 * (2 * n * D * 4 * D)              # D -> 4D -> D
+        return attention + output + mlp
+
+    return work.layers * query_key_value + (work.layers - 1) * rest(tokens) + rest(last or tokens)
 
 
 def sampling_flops(work, k=1):
@@ -40,18 +46,18 @@ def sampling_flops(work, k=1):
     token is drawn and never read."""
     head = 2 * work.width * work.vocab
     step = trunk_flops(work, 1, work.prompt + work.response) + head
-    return trunk_flops(work, work.prompt, work.prompt**2) + head + k * (work.response - 1) * step
+    return trunk_flops(work, work.prompt, work.prompt, last=1) + head + k * (work.response - 1) * step
 
 
 def iteration_flops(work, critic):
     """FLOPs of an iteration by phase. A backward pass costs two forward passes: one product for the gradient
     of the inputs, one for that of the weights."""
     L, T, D = work.prompt + work.response, work.response, work.width
-    trunk = trunk_flops(work, L, L * L)
-    policy = trunk + 2 * T * D * work.vocab  # the LM head runs on response positions only
+    trunk = trunk_flops(work, L - 1, L - 1, last=T)  # nothing reads the last token, or what stands at a prompt's others
+    policy = trunk + 2 * T * D * work.vocab
     value = 2 * T * D + (trunk if critic == "separate" else 0)
     phases = [sampling_flops(work) + policy + policy + value,  # rollout: sample; policy, reference, critic
-              trunk + 2 * L * D,                               # scoring: the library scores every position
+              trunk_flops(work, L, L, last=1) + 2 * D,         # scoring: one number a row
               work.epochs * 3 * (policy + value)]              # update
     return {name: work.batch * flops for name, flops in zip(PHASES, [*phases, sum(phases)])}
 

@@ -108,7 +108,7 @@ def response_logits(model, batch):
     ids, mask = batch.ids_and_mask()
     T = batch.response_ids.shape[1]
     if fast.supports(model):
-        hidden = fast.hidden_states(model.transformer, ids, mask, positions(mask))[:, -T - 1:-1]
+        hidden = fast_hidden(model, ids, mask, T)
         return model.lm_head(hidden), hidden
     out = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask), logits_to_keep=T + 1,
                 output_hidden_states=True, use_cache=False)
@@ -140,11 +140,17 @@ def response_values(critic, batch):
     T = batch.response_ids.shape[1]
     with autocast(ids.device):
         if fast.supports(critic):
-            hidden = fast.hidden_states(critic.transformer, ids, mask, positions(mask))
+            hidden = fast_hidden(critic, ids, mask, T)
         else:
             hidden = critic.base_model(input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask),
-                                       use_cache=False).last_hidden_state
-        return critic.score(hidden[:, -T - 1:-1]).squeeze(-1).float()
+                                       use_cache=False).last_hidden_state[:, -T - 1:-1]
+        return critic.score(hidden).squeeze(-1).float()
+
+
+def fast_hidden(model, ids, mask, T):
+    """Hidden states that predict the last T tokens: (B, T, D). Nothing reads the last token itself, so it stays out."""
+    mask = mask[:, :-1]
+    return fast.hidden_states(model.transformer, ids[:, :-1], mask, positions(mask), last=T)
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -211,7 +217,7 @@ def next_logits(model, ids, mask, position, cache):
     """Logits after the last of some new ids: (B, n) ids, (B, L) mask of all columns so far -> (B, V)."""
     with autocast(ids.device):
         if fast.supports(model):
-            return model.lm_head(fast.hidden_states(model.transformer, ids, mask, position, cache)[:, -1])
+            return model.lm_head(fast.hidden_states(model.transformer, ids, mask, position, cache, last=1)[:, -1])
         return model(input_ids=ids, attention_mask=mask.long(), position_ids=position, past_key_values=cache,
                      use_cache=True, logits_to_keep=1).logits[:, -1]
 

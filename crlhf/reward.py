@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
+from . import fast
 from .config import UserError
 from .distributed import add_up, mine, n_processes
 from .models import context_length, load_model, load_tokenizer
-from .policy import encode_prompt, encode_response, pad
+from .policy import encode_prompt, encode_response, pad, positions
 from .runs import autocast, batches
 from .training import Checkpoint, adamw, gradient_step, learning_rate, require_finite, rows_of_step, steps_in
 
@@ -51,12 +52,16 @@ def score_texts(model, tokenizer, prompts, responses, max_response_tokens):
     device = next(model.parameters()).device
     sequences = [encode_prompt(tokenizer, x) + encode_response(tokenizer, y)[:max_response_tokens]
                  for x, y in zip(prompts, responses, strict=True)]
-    ids, mask = (tensor.to(device) for tensor in pad(sequences, tokenizer.pad_token_id, "right"))
+    is_fast = fast.supports(model)
+    side = "left" if is_fast else "right"  # on the left the last tokens of all rows stand in one column
+    ids, mask = (tensor.to(device) for tensor in pad(sequences, tokenizer.pad_token_id, side))
     limit = min(context_length(model.config) or ids.shape[1], tokenizer.model_max_length)
     if ids.shape[1] > limit:
         raise UserError(f"a prompt and its response have {ids.shape[1]} tokens, but '{model.config.name_or_path}' reads "
                         f"{limit}: lower --max-prompt-tokens or --max-response-tokens")
     with autocast(device):
+        if is_fast:
+            return model.score(fast.hidden_states(model.transformer, ids, mask, positions(mask), last=1)[:, -1]).float()
         return model(input_ids=ids, attention_mask=mask.long()).logits.float()
 
 
