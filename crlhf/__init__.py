@@ -12,6 +12,7 @@ import os
 
 __version__ = "0.1.0"
 
-# Threads that wait for the next product sleep instead of spinning: on a machine that does anything else, spinning
-# threads hold each other up and a step takes several times as long. Read by OpenMP when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP threads that wait for the next product look for it so many times before they sleep, which bridges the gaps
+# between two products (tens of microseconds). With none, two threads are no quicker than one. With as many as is usual,
+# threads that share a core with any other program hold each other up tenfold. Read when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
