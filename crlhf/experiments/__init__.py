@@ -6,6 +6,7 @@ Every function states its prediction before its result: what theory says should 
 out stands in figures/README.md. `harness.py` runs the variants; each other file asks one question or two.
 """
 
+import time
 from pathlib import Path
 
 from ..config import UserError
@@ -32,6 +33,7 @@ def main(name, root="runs/experiments", figures="figures"):
     if name not in (*EXPERIMENTS, "all"):
         raise UserError(f"there is no experiment '{name}': choose from all, {', '.join(EXPERIMENTS)}")
     for each in EXPERIMENTS if name == "all" else [name]:
+        started = time.monotonic()
         text = EXPERIMENTS[each](Path(root), Path(figures))
         write_atomic(Path(figures) / f"{each}.md", text + "\n")
-        print(f"\n{each}\n\n{text}")
+        print(f"\n{each} ({(time.monotonic() - started) / 60:.1f} minutes)\n\n{text}", flush=True)
