@@ -112,7 +112,7 @@ def test_every_experiment_runs_writes_its_csv_and_draws(small_world, tmp_path):
 
 def test_tuned_takes_the_best_mean_of_the_sweep(tmp_path):
     golds = {("lr 0.001, kl 0.05", "ppo"): (0.0, 0.5), ("lr 0.002, kl 0.02", "ppo"): (0.2, 0.2),
-             ("lr 0.004, kl 0.1", "contrastive"): (1.0, 1.0), ("lr 0.003, beta 0.1", "dpo"): (0.0, 0.0)}
+             ("lr 0.004, kl 0.1", "adaptive"): (1.0, 1.0), ("lr 0.003, beta 0.1", "dpo"): (0.0, 0.0)}
     H.write_csv(tmp_path / "sweep.csv", [{"setting": setting, "method": method, "seed": seed, "gold": gold}
                                          for (setting, method), pair in golds.items() for seed, gold in enumerate(pair)])
     assert sweep.tuned(tmp_path, "ppo") == {"ppo.lr": 0.001, "ppo.critic_lr": 0.001, "ppo.kl_coef": 0.05}

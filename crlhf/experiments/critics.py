@@ -95,7 +95,7 @@ def critic(root, figures, seeds=SEEDS):
     in turn starts from the wrong target under contrastive rewards: it predicts r and not r - b.
     """
     variants = {(kind, method): Variant(method, {"ppo.critic": kind})
-                for kind in CRITICS for method in ("ppo", "contrastive")}
+                for kind in CRITICS for method in ("ppo", "contrastive", "adaptive")}
     runs = run_variants(root, variants, seeds, "critic")
     rows, steps = results(runs), curves(runs, ("gold", "kl", "explained_variance", "advantage_std"))
     write_csv(figures / "critic.csv", rows)

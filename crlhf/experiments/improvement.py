@@ -9,13 +9,14 @@ from . import drawing
 from .harness import SEEDS, Variant, curves, default, results, run_variants, table, values, write_csv
 from .sweep import tuned
 
-METHODS = ("ppo", "contrastive")
+METHODS = ("ppo", "contrastive", "adaptive")
+MORE_SEEDS = tuple(range(16))  # for the main comparison: eight left its intervals as wide as its differences
 KL_COEFS = (0.01, 0.02, default("ppo.kl_coef"), 0.1)
 BETAS = (0.01, default("dpo.beta"), 0.1, 0.3)
 TARGETS = (2.0, 3.0, 4.0)  # nats
 
 
-def compare(root, figures, seeds=SEEDS):
+def compare(root, figures, seeds=MORE_SEEDS):
     """Does contrastive PPO beat plain PPO in true reward, without and with a rater bias per prompt?
 
     Prediction: a constant per prompt doesn't change the optimum, so all PPO methods approach the same gold score.
@@ -25,9 +26,9 @@ def compare(root, figures, seeds=SEEDS):
     setting gives every method the learning rate and KL price that were best for it in `sweep`, with a bias of 1.
     """
     variants = {(f"rater bias {bias:g}", method): Variant(method, {"world.prompt_bias": bias})
-                for bias in (0.0, 1.0) for method in (*METHODS, "adaptive")}
+                for bias in (0.0, 1.0) for method in METHODS}
     variants |= {("each at its best", method): Variant(method, tuned(figures, method))
-                 for method in (*METHODS, "adaptive", "dpo")}
+                 for method in (*METHODS, "dpo")}
     runs = run_variants(root, variants, seeds, "compare")
     rows = results(runs)
     steps = curves({key: out for key, out in runs.items() if key[0][1] != "dpo"}, ("gold", "reward", "kl"))
@@ -126,7 +127,7 @@ def duels(runs, rows):
     mine = f"kl {default('ppo.kl_coef'):g}"
     target = statistics.fmean(values(rows, mine, "contrastive", "kl"))
     lines = ["| contrastive PPO against | their KL | win | tie | loss |", "| --- | --- | --- | --- | --- |"]
-    for method in ("ppo", "dpo"):
+    for method in ("ppo", "adaptive", "dpo"):
         setting, shares = nearest(rows, method, target), []
         for seed in sorted({seed for _, seed in runs}):
             own, theirs = (column(read_jsonl(runs[key, seed] / "held_out.jsonl"), "gold")

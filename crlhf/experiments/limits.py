@@ -27,10 +27,10 @@ def limits(root, figures, seeds=None):
     rows, seen = [], []
     for (source, setting), golds in found.items():
         plain = golds.get("ppo")
-        if plain in seen:  # the same runs under another experiment's name
-            continue
+        if plain is None or any(plain.items() <= other.items() for other in seen):
+            continue  # there is nothing to compare with, or these are the same runs under another experiment's name
         seen.append(plain)
-        for method in [name for name in golds if plain and name in ("contrastive", "adaptive")]:
+        for method in [name for name in golds if name in ("contrastive", "adaptive")]:
             gap, half = mean_interval([golds[method][seed] - plain[seed] for seed in plain])
             verdict = "worse" if gap + half < 0 else "better" if gap - half > 0 else "no difference beyond the interval"
             rows.append({"experiment": source, "setting": setting, "method": method, "minus_ppo": gap,
