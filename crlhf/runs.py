@@ -136,9 +136,18 @@ def load_state(path, device="cpu"):
 # ------------------------------------------------------------------------------------------ progress bars
 
 
+show_progress = True
+
+
+def hide_progress():
+    """From now on, no bars in this process: several processes' bars would overwrite each other."""
+    global show_progress
+    show_progress = False
+
+
 def progress(total, title, start=0):
     """A progress bar with rate and time left; silent where the output is no terminal."""
-    silent = None if is_writer() else True  # None: tqdm itself is silent where the output is no terminal
+    silent = None if show_progress and is_writer() else True  # None: silent where the output is no terminal
     return tqdm(total=total, initial=start, desc=f"  {title}", disable=silent, leave=False, dynamic_ncols=True)
 
 

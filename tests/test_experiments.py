@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from crlhf import experiments
+from crlhf import experiments, runs
 from crlhf.config import Config, UserError, from_dict
 from crlhf.experiments import choices, critics, hacking, improvement
 from crlhf.experiments import harness as H
@@ -69,6 +69,14 @@ def test_differences_are_paired_by_seed():
 def test_csv_keeps_four_digits(tmp_path):
     H.write_csv(tmp_path / "x.csv", [{"a": 1 / 3, "b": "x"}])
     assert list(csv.DictReader(open(tmp_path / "x.csv"))) == [{"a": "0.3333", "b": "x"}]
+
+
+def test_workers_hide_their_bars(monkeypatch):
+    monkeypatch.setattr(runs, "tqdm", lambda **arguments: arguments)
+    monkeypatch.setattr(runs, "show_progress", True)
+    assert runs.progress(1, "a")["disable"] is None  # a terminal shows it
+    runs.hide_progress()
+    assert runs.progress(1, "a")["disable"] is True
 
 
 def test_unknown_experiment_is_named():

@@ -24,7 +24,7 @@ from pathlib import Path
 from ..config import Config, validate
 from ..evaluate import column, compare, evaluate_policy, mean_interval
 from ..reviews import EXPLOIT, difficulty, difficulty_name, gold_reward
-from ..runs import progress, read_jsonl, write_atomic, write_json, write_jsonl
+from ..runs import hide_progress, progress, read_jsonl, write_atomic, write_json, write_jsonl
 
 SEEDS = tuple(range(8))
 UPSTREAM = ("data", "sft", "preferences", "reward", "baselines")  # what a run takes over from its base
@@ -130,7 +130,6 @@ def run_one(out, base, seed, method, settings):
 def silent_pipeline(config, base):
     from ..pipeline import Pipeline
 
-    os.environ["TQDM_DISABLE"] = "1"
     if base is not None:
         take_over(base, config.run.out)
     return Pipeline(config, say=lambda text: None)
@@ -167,11 +166,11 @@ def is_done(out, seed, variant):
 
 
 def run_jobs(jobs, title):
-    """Call (function, arguments...) jobs in parallel, one process a core."""
+    """Call (function, arguments...) jobs in parallel, one process a core. One bar counts the jobs."""
     if not jobs:
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool, progress(len(jobs), title) as bar:
+    with ProcessPoolExecutor(os.cpu_count(), context, hide_progress) as pool, progress(len(jobs), title) as bar:
         try:
             for future in as_completed([pool.submit(*job) for job in jobs]):
                 future.result()
