@@ -53,7 +53,7 @@ def iteration_flops(work, critic):
     """FLOPs of an iteration by phase. A backward pass costs two forward passes: one product for the gradient
     of the inputs, one for that of the weights."""
     L, T, D = work.prompt + work.response, work.response, work.width
-    trunk = trunk_flops(work, L - 1, L - 1, last=T)  # nothing reads the last token, or what stands at a prompt's others
+    trunk = trunk_flops(work, L - 1, L - 1, last=T)  # no output of the last token or inside the prompt is read
     policy = trunk + 2 * T * D * work.vocab
     value = 2 * T * D + (trunk if critic == "separate" else 0)
     phases = [sampling_flops(work) + policy + policy + value,  # rollout: sample; policy, reference, critic
