@@ -7,7 +7,7 @@ from ..config import UserError
 from . import drawing
 from .harness import Variant, results, run_variants, table, write_csv
 
-TUNING_SEEDS = (100, 101, 102, 103)
+TUNING_SEEDS = tuple(range(100, 108))
 METHODS = ("ppo", "contrastive", "adaptive")
 RATES, KL_COEFS = (5e-4, 1e-3, 2e-3), (0.01, 0.02, 0.05)
 DPO_RATES, BETAS = (3e-4, 1e-3, 3e-3), (0.03, 0.1, 0.3)
