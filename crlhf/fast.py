@@ -58,7 +58,8 @@ def norm(x, layer):
 
 def quick_gelu(x):
     """GPT-2's tanh approximation through 1/2 (1 + tanh u) = sigmoid(2u): twice as quick as the fused one on CPUs."""
-    return x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x * x * x))
+    u = (0.044715 * x).mul_(x).mul_(x).add_(x).mul_(2 * (2 / torch.pi) ** 0.5)  # in place: in the processor's cache
+    return u.sigmoid_().mul_(x)
 
 
 def attention_mask(mask, n_new, length, dtype):
@@ -121,16 +122,15 @@ def through_block(block, x, allowed, last, store=None, columns=None):
     B, n, D = x.shape
     heads = block.attn.num_heads
     qkv = linear(norm(x, block.ln_1), block.attn.c_attn)
-    query, key, value = qkv.view(B, n, 3, heads, D // heads).permute(2, 0, 3, 1, 4)  # (B, heads, n, size) each
+    query, key, value = qkv = qkv.view(B, n, 3, heads, D // heads).permute(2, 0, 3, 1, 4)  # (B, heads, n, size) each
     if store is not None:
-        keys, values = store
-        keys.index_copy_(2, columns, key), values.index_copy_(2, columns, value)
+        store.index_copy_(3, columns, qkv[1:])
     if last < n:
         x, query, allowed = x[:, -last:], query[:, :, -last:], allowed[:, :, -last:]
     if store is None or n > 1:  # a whole text, or a prompt: the new tokens are all there are
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
     else:  # all columns of the cache, those to come too: slicing them off would cost more than it saves
-        attended = attend_once(query, keys, values, allowed)
+        attended = attend_once(query, *store, allowed)
     x = x + linear(attended.transpose(1, 2).reshape(B, last, D), block.attn.c_proj)
     # autograd would have to keep every step of quick_gelu, so it is for sampling only
     gelu = quick_gelu if store is not None and x.device.type == "cpu" else partial(F.gelu, approximate="tanh")

@@ -87,8 +87,8 @@ def make_batch(tokenizer, prompts, responses, max_response_tokens):
 
 def decode(tokenizer, response_ids, response_mask):
     """(B, T) ids -> B texts, without special tokens and without what stands after the mask."""
-    return [tokenizer.decode(ids[mask], skip_special_tokens=True)
-            for ids, mask in zip(response_ids.cpu(), response_mask.cpu())]
+    lengths = response_mask.sum(1).tolist()
+    return tokenizer.batch_decode([ids[:n] for ids, n in zip(response_ids.tolist(), lengths)], skip_special_tokens=True)
 
 
 def positions(mask):
@@ -193,22 +193,24 @@ def sample(model, prompt_ids, prompt_mask, uniforms, eos_id, pad_id, temperature
     ids, position = prompt_ids, positions(prompt_mask)
     with autocast(device):  # decides the precision of what is kept
         cache = fast.Cache(model, B, P + T, device) if fast.supports(model) else DynamicCache(config=model.config)
-    for t in range(T):
-        logits = next_logits(model, ids, mask[:, :P + t], position, cache)
-        if t == 0 and N > B:  # all k responses of a prompt share its one pass
-            cache.batch_repeat_interleave(N // B)
-            logits, mask, position = (x.repeat_interleave(N // B, 0) for x in (logits, mask, position))
-        token = next_token(logits, uniforms[rows, t], temperature, top_p)
-        response_ids[rows, t] = torch.where(alive, token, pad_id)
-        response_mask[rows, t] = alive
-        alive = alive & (token != eos_id)
-        ids, position = token[:, None], position[:, -1:] + 1
-        if t % 4 == 3 and 2 * (n_alive := int(alive.sum())) <= len(rows):  # asking a GPU makes it wait: not every step
-            if n_alive == 0:
-                break
-            keep = alive.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            rows, alive, mask, ids, position = rows[keep], alive[keep], mask[keep], ids[keep], position[keep]
+    with torch.inference_mode():  # tensors that autograd will never ask for take less time to make
+        for t in range(T):
+            logits = next_logits(model, ids, mask[:, :P + t], position, cache)
+            if t == 0 and N > B:  # all k responses of a prompt share its one pass
+                cache.batch_repeat_interleave(N // B)
+                logits, mask, position = (x.repeat_interleave(N // B, 0) for x in (logits, mask, position))
+            token = next_token(logits, uniforms[:, t], temperature, top_p)
+            response_ids[rows, t] = torch.where(alive, token, pad_id)
+            response_mask[rows, t] = alive
+            alive = alive & (token != eos_id)
+            ids, position = token[:, None], position[:, -1:] + 1
+            if t % 4 == 3 and 2 * (n_alive := int(alive.sum())) <= len(rows):  # asking a GPU makes it wait: not every step
+                if n_alive == 0:
+                    break
+                keep = alive.nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                rows, alive, mask, ids, position, uniforms = (
+                    x[keep] for x in (rows, alive, mask, ids, position, uniforms))
     longest = int(response_mask.any(0).sum())
     return response_ids[:, :longest], response_mask[:, :longest]
 
