@@ -1,7 +1,8 @@
 """How fast is it, and how far from what the machine can do? `python -m crlhf benchmark` prints the tables.
 
 Models have random weights and can't emit EOS (its id lies behind the vocabulary), so every response has full
-length and the work is known beforehand. Everything timed is the code that training runs.
+length and the work is known beforehand. Only the offline sampling is timed with responses that end, too: a trained
+policy's do. Everything timed is the code that training runs.
 
     share of the floor = (counted FLOPs / measured matmul rate) / measured seconds
 
@@ -10,6 +11,7 @@ What is compared takes turns, round by round, so that a machine that slows down 
 
 import gc
 import io
+import math
 import resource
 import statistics
 import tempfile
@@ -70,6 +72,24 @@ def setup(work, critic, device):
                            prompts=[" ".join(f"w{i}" for i in row) for row in ids.tolist()],
                            reward=ModelReward(reward_model, tokenizer, work.response),
                            optimizers=[adamw(model, device) for model in (policy, critic)])
+
+
+def with_activation(name, s):
+    """Give the models an activation, "gelu_new" as GPT-2 comes with, in steps, or the same function fused. `fast`
+    fuses it anyway."""
+    for model in (s.policy, s.reference, s.reward_model, s.critic):
+        for block in model.transformer.h if hasattr(model, "transformer") else ():
+            block.mlp.act = ACT2FN[name]
+    return s
+
+
+def let_responses_end(s, chance=1 / 12):
+    """Make w0 the EOS, and lean the final norm towards it until each token is the EOS with about this probability."""
+    weight, odds = s.policy.lm_head.weight[0].detach(), chance / (1 - chance)
+    s.policy.transformer.ln_f.bias.data.add_(weight, alpha=math.log(odds * (s.work.vocab - 1)) / weight.square().sum())
+    s.tokenizer.eos_token = s.tokenizer.pad_token = "w0"
+    s.policy.generation_config.eos_token_id = s.policy.generation_config.pad_token_id = 0
+    return s
 
 
 def ppo_iteration(s):
@@ -194,21 +214,28 @@ def baseline_table(sizes, device, rounds):
     need, on a GPU the time that the bytes of one batch need."""
     rows = []
     for name in sizes:
-        work, s = SIZES[name], setup(SIZES[name], "shared", device)
+        work = SIZES[name]
+        full, ending = setup(work, "shared", device), let_responses_end(setup(work, "shared", device))
         mask = torch.ones(work.batch, work.prompt, dtype=torch.bool, device=device)
-        ids, n = s.prompt_ids[:work.batch].to(device), work.prompts * work.k
+        ids, n = full.prompt_ids[:work.batch].to(device), work.prompts * work.k
         uniforms = torch.rand(work.batch, work.response, generator=stream(0, "sample"), device="cpu").to(device)
-        actions = {"ours": lambda: our_baselines(s), "generate": lambda: library_baselines(s),
-                   "sample": lambda: sample(s.policy, ids, mask, uniforms, s.tokenizer.eos_token_id,
-                                            s.tokenizer.pad_token_id)}
+        actions = {"sample": lambda: sample(full.policy, ids, mask, uniforms, full.tokenizer.eos_token_id,
+                                            full.tokenizer.pad_token_id)}
+        for lengths, s in (("all full", full), ("as they end", ending)):
+            actions |= {(lengths, "ours"): lambda s=s: our_baselines(s),
+                        (lengths, "fused"): lambda s=s: library_baselines(with_activation("gelu_pytorch_tanh", s)),
+                        (lengths, "generate"): lambda s=s: library_baselines(with_activation("gelu_new", s))}
         t = interleave({key: lambda a=action: seconds_of(a, device) for key, action in actions.items()}
                        | {"rate": lambda: matmul_rate(work, device)}, rounds)
-        share = (decode_floor(work, s.policy.num_parameters(), device) / t["sample"] if device.type == "cuda"
-                 else work.prompts * sampling_flops(work, work.k) / t["rate"] / t["ours"])
-        rows.append([name, f"{n / t['ours']:.0f}", f"{n / t['generate']:.0f}", f"{t['generate'] / t['ours']:.2f}",
-                     f"{share:.0%}"])
-    print_table("Offline baselines: responses per second",
-                ["size", "ours", "model.generate", "ratio", "ours: share of the floor"], rows)
+        share = (decode_floor(work, full.policy.num_parameters(), device) / t["sample"] if device.type == "cuda"
+                 else work.prompts * sampling_flops(work, work.k) / t["rate"] / t["all full", "ours"])
+        for lengths, floor in (("all full", f"{share:.0%}"), ("as they end", "")):
+            ours, fused, library = (t[lengths, loop] for loop in ("ours", "fused", "generate"))
+            rows.append([name, lengths, f"{n / ours:.0f}", f"{n / library:.0f} ({library / ours:.2f}x)",
+                         f"{n / fused:.0f} ({fused / ours:.2f}x)", floor])
+    print_table("Offline baselines: responses per second (and how many times as many ours are)",
+                ["size", "lengths", "ours", "model.generate", "model.generate, fused activation",
+                 "ours: share of the floor"], rows)
 
 
 def scaling_table(work, device, rounds):
@@ -244,14 +271,6 @@ def memory_table(work, device, iterations):
 # ------------------------------------------------------------------------------------------------ TRL beside
 
 
-def as_gpt2_comes(s):
-    """Give the models GPT-2's own activation, which computes the same function in steps. `fast` fuses it anyway."""
-    for model in (s.policy, s.reference, s.reward_model, s.critic):
-        for block in model.transformer.h:
-            block.mlp.act = ACT2FN["gelu_new"]
-    return s
-
-
 def trl_trainer(s, folder):
     """TRL's PPOTrainer on the same models and the same work. One call of its `train` is one iteration."""
     try:
@@ -277,7 +296,7 @@ def trl_table(sizes, critics, device, rounds):
     rows, leanest = [], "TRL, fused activation, no gc"
     for name in sizes:
         with tempfile.TemporaryDirectory() as folder:
-            as_it_comes = trl_trainer(as_gpt2_comes(setup(SIZES[name], "separate", device)), folder)
+            as_it_comes = trl_trainer(with_activation("gelu_new", setup(SIZES[name], "separate", device)), folder)
             fused = trl_trainer(setup(SIZES[name], "separate", device), folder)
 
             def trl(trainer, collect):

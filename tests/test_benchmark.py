@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crlhf import benchmark, flops as F
 from crlhf.config import PPOConfig, UserError
+from crlhf.policy import generate
 from crlhf.ppo import collect_rollout, update
 from crlhf.runs import stream
 
@@ -77,8 +78,16 @@ def test_main_prints_every_table(monkeypatch, capsys):
     for line in lines:
         if line.startswith("|"):
             assert line.endswith("|")
-    assert sum(line.startswith("| tiny |") for line in lines) == 3  # two critics, one row of baselines
+    assert sum(line.startswith("| tiny |") for line in lines) == 4  # two critics, two rows of baselines
     assert sum(line.startswith(("| ppo_iteration |", "| our_baselines |")) for line in lines) == 4
+
+
+def test_responses_end_at_the_chance_that_was_asked_for():
+    s = benchmark.let_responses_end(benchmark.setup(benchmark.SIZES["tiny"], "shared", CPU), chance=0.25)
+    *_, batch = generate(s.policy, s.tokenizer, s.prompts, 32, generator=torch.Generator().manual_seed(0), k=4)
+    lengths = batch.response_mask.sum(1).float()
+    assert abs(1 / lengths.mean() - 0.25) < 0.05  # a geometric length; all but one in 10,000 end
+    assert lengths.std() > 2
 
 
 def test_memory_is_read_along_the_way(monkeypatch, capsys):
