@@ -129,7 +129,7 @@ def through_block(block, x, allowed, last, store=None, columns=None):
         x, query, allowed = x[:, -last:], query[:, :, -last:], allowed[:, :, -last:]
     if store is None or n > 1:  # a whole text, or a prompt: the new tokens are all there are
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
-    else:  # all columns of the cache, those to come too: slicing them off would cost more than it saves
+    else:  # all columns of the cache, those to come too: cutting them off saves little, and costs with small heads
         attended = attend_once(query, *store, allowed)
     x = x + linear(attended.transpose(1, 2).reshape(B, last, D), block.attn.c_proj)
     # autograd would have to keep every step of quick_gelu, so it is for sampling only
