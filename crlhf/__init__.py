@@ -1,11 +1,11 @@
 """crlhf: RLHF with contrastive rewards (arXiv 2403.07708), small enough to read in an afternoon.
 
-Data flows one way, one module a concept:
+Data flows one way, one concept a file:
 
-    reviews / data -> sft -> reward -> baselines -> contrastive -> ppo -> evaluate -> plots
+    reviews / data -> sft -> reward -> baselines -> contrastive -> ppo, dpo -> evaluate
 
-`policy` (load, sample, log-probs) is used by every stage, `config` holds every default, `pipeline` chains
-the stages and `python -m crlhf` is the way in.
+`policy` (sample, log-probs) is used by every stage and `config` holds every default. The concepts stand on `engine/`
+(forward passes, the training loop, files); `pipeline/` chains them, and `python -m crlhf` is the way in.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Step 1 of contrastive rewards: offline sampling (arXiv 2403.07708).
 
-For every prompt draw k responses from the SFT policy and score them once with the reward. They cost k
+For every prompt draw k responses from the SFT policy and score them with the reward. They cost k
 generations a prompt, once, before PPO starts:
 
     y_j ~ pi_ref(. | x),   b_j = r(x, y_j),   j = 1 ... k
@@ -12,57 +12,51 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from .distributed import shared_map
+from .config import BaselineConfig
+from .engine.files import append_jsonl, slices, stream, write_jsonl
+from .engine.forward import Model
+from .engine.text import Reward, Tokenizer
+from .engine.training import Job
 from .policy import generate
-from .runs import append_jsonl, progress, read_jsonl, stream, write_jsonl
 
 
-def sample_baselines(policy, tokenizer, reward, prompts, config, max_response_tokens, seed, partial=None):
+def sample_baselines(
+    policy: Model, tokenizer: Tokenizer, reward: Reward, prompts: list[str], config: BaselineConfig, job: Job
+) -> list[dict]:
     """k scored responses for each of N prompts, as rows {prompt, responses, ended, rewards}, in order.
 
-    partial: a file that receives the rows of every finished batch. If it exists, sampling goes on after the
+    Every finished batch is added to partial.jsonl in job.folder (None: nowhere), and sampling goes on after the
     last whole batch in it. Each batch draws from a stream of its own, so the result is the same.
     """
-    device = next(policy.parameters()).device
-    group = max(1, config.batch_size // config.k)  # prompts a batch
-
-    def sample_group(first):
-        some = prompts[first:first + group]
-        texts, ended, _ = generate(policy, tokenizer, some, max_response_tokens, config.temperature, config.top_p,
-                                   stream(seed, "baselines", first, device=device), config.k)
-        repeated = [prompt for prompt in some for _ in range(config.k)]
-        rewards = reward(repeated, texts).tolist()
-        return [{"prompt": repeated[i], "responses": texts[i:i + config.k], "ended": ended[i:i + config.k].tolist(),
-                 "rewards": rewards[i:i + config.k]} for i in range(0, len(repeated), config.k)]
-
+    k, group = config.k, max(1, job.sampling_batch_size // config.k)  # prompts a batch
+    partial = Path(job.folder) / "partial.jsonl" if job.folder else None
     rows = whole_batches(partial, group) if partial else []
-    if partial:
-        write_jsonl(partial, rows)  # without what a kill left of an unfinished batch
-    with progress(len(prompts), "baselines", len(rows)) as bar:
-        for new in shared_map(sample_group, range(len(rows), len(prompts), group)):
-            rows += new
-            if partial:
-                append_jsonl(partial, new)
-            bar.update(len(new))
+    for first, batch_prompts in slices(prompts, group, job.name, start=len(rows)):
+        generator = stream(job.seed, "baselines", first, device=policy.device)
+        lengths = job.max_response_tokens, config.temperature, config.top_p
+        responses, has_ended, _ = generate(policy, tokenizer, batch_prompts, *lengths, generator, k)
+        rewards = reward([prompt for prompt in batch_prompts for _ in range(k)], responses).tolist()
+        new = []
+        for i, prompt in enumerate(batch_prompts):
+            its = slice(i * k, (i + 1) * k)
+            row = {"prompt": prompt, "responses": responses[its], "ended": has_ended[its].tolist()}
+            new.append({**row, "rewards": rewards[its]})
+        rows += new
+        if partial:
+            append_jsonl(partial, new)
     return rows
 
 
-def whole_batches(partial, group):
-    """Rows of an interrupted sampling, up to the last whole batch of `group` prompts."""
-    lines = Path(partial).read_text(encoding="utf-8").split("\n") if Path(partial).exists() else [""]
-    whole = lines[:-1]  # what stands after the last line end was cut off in the middle
-    return [json.loads(line) for line in whole[:len(whole) // group * group]]
+def whole_batches(partial: Path, group: int) -> list[dict]:
+    """Rows of an interrupted sampling, up to the last whole batch of `group` prompts; the file is cut there, too."""
+    lines = partial.read_bytes().split(b"\n")[:-1] if partial.exists() else []  # a kill may cut the last line anywhere
+    rows = [json.loads(line) for line in lines[: len(lines) // group * group]]
+    write_jsonl(partial, rows)
+    return rows
 
 
-def save_baselines(folder, rows):
-    write_jsonl(Path(folder) / "baselines.jsonl", rows)
-
-
-def load_baselines(folder):
-    return read_jsonl(Path(folder) / "baselines.jsonl")
-
-
-def baseline_rewards(rows):
+def baseline_rewards(rows: list[dict]) -> tuple[Tensor, Tensor]:
     """Rows -> ((N, k) rewards, (N, k) bool whether each response ended)."""
     return torch.tensor([row["rewards"] for row in rows]), torch.tensor([row["ended"] for row in rows])

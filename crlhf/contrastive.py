@@ -16,39 +16,46 @@ near 1 while the baseline explains the reward, near 0 once it is stale. 'adaptiv
 Pure tensor functions first; the running state last.
 """
 
-import torch
+from collections.abc import Callable
 
-from .config import UserError
+import torch
+from torch import Tensor, nn
+
+from .config import ContrastiveConfig, UserError
+
+Resample = Callable[[nn.Module, int], dict[str, Tensor]] | None
+DECAY = 0.9  # of the running moments, per iteration
 
 # ------------------------------------------------------------------------------------------ pure functions
 
 
-def aggregate(baseline_rewards, how="mean"):
+def aggregate(baseline_rewards: Tensor, how: str = "mean") -> Tensor:
     """One baseline a prompt from k of them: (B, k) -> (B,).
 
     'mean' is the paper's. 'median' withstands an outlier among the k; 'max' asks for more than the best of
     k, 'min' only for more than the worst. All four remove a constant of the prompt exactly.
     """
-    return {"mean": lambda b: b.mean(1), "median": lambda b: b.quantile(0.5, 1), "max": lambda b: b.amax(1),
-            "min": lambda b: b.amin(1)}[how](baseline_rewards)
+    if how == "mean":
+        return baseline_rewards.mean(1)
+    return baseline_rewards.quantile({"median": 0.5, "max": 1.0, "min": 0.0}[how], 1)
 
 
-def leave_one_out(rewards, group_size):
+def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
     """Each reward's baseline is the mean of the others of its group: (B,), groups in a row -> (B,).
 
-    RLOO (Kool et al. 2019, Ahmadian et al. 2024): contrastive rewards whose k = group_size - 1 baselines are drawn
-    from the current policy in every step. They are never stale, and cost k generations a prompt every time.
+    RLOO (Kool et al. 2019, Ahmadian et al. 2024): contrastive rewards whose k = group_size - 1 baselines come from
+    the current policy in every step. They are never stale, and cost k generations a prompt every time.
     """
     groups = rewards.view(-1, group_size)
     return ((groups.sum(1, keepdim=True) - groups) / (group_size - 1)).flatten()
 
 
-def contrast(rewards, baseline, coefficient=1.0):
+def contrast(rewards: Tensor, baseline: Tensor, coefficient: float = ContrastiveConfig.coefficient) -> Tensor:
     """r - c * b: (B,), (B,) -> (B,)."""
     return rewards - coefficient * baseline
 
 
-def best_coefficient(mean_r, mean_b, mean_rb, mean_bb):
+def best_coefficient(mean_r: float, mean_b: float, mean_rb: float, mean_bb: float) -> float:
     """c* = Cov(r, b) / Var(b) from four moments, kept in [0, 1]; 1 if the baselines don't vary at all."""
     variance = mean_bb - mean_b**2
     if variance <= 1e-12:
@@ -56,7 +63,7 @@ def best_coefficient(mean_r, mean_b, mean_rb, mean_bb):
     return min(max((mean_rb - mean_r * mean_b) / variance, 0.0), 1.0)
 
 
-def magnitude_scale(mean_abs_raw, mean_abs_contrastive):
+def magnitude_scale(mean_abs_raw: float, mean_abs_contrastive: float) -> float:
     """lambda = E|r| / E|r - c b|, which gives the contrastive reward the raw reward's typical size.
 
     The paper scales by a ratio between running means of the contrastive and the original rewards; its exact
@@ -66,12 +73,18 @@ def magnitude_scale(mean_abs_raw, mean_abs_contrastive):
     return mean_abs_raw / mean_abs_contrastive if mean_abs_contrastive > 1e-8 else 1.0
 
 
-def merge_moments(count, mean, m2, values):
+def merge_moments(count: int, mean: float, m2: float, values: Tensor) -> tuple[int, float, float]:
     """Add a batch to (count, mean, sum of squared deviations), exactly (Chan et al. 1979)."""
     n, batch_mean = len(values), values.mean().item()
     total, delta = count + n, batch_mean - mean
     m2 += ((values - batch_mean) ** 2).sum().item() + delta**2 * count * n / total
     return total, mean + delta * n / total, m2
+
+
+def decayed(old: list[float] | None, values: list[Tensor]) -> list[float]:
+    """Exponentially decaying means over batches: DECAY * old + (1 - DECAY) * the means of this batch."""
+    means = [value.mean().item() for value in values]
+    return means if old is None else [DECAY * o + (1 - DECAY) * m for o, m in zip(old, means)]
 
 
 # ------------------------------------------------------------------------------------------- running state
@@ -84,24 +97,33 @@ class ContrastiveReward:
     and the prompts of a batch come in groups of group_size. adaptive: follow c* from exponentially
     decaying moments over batches, instead of config.coefficient. The current batch enters the moments first,
     so the very first batch has a coefficient; with B rewards that correlates c with one reward by order 1/B.
+    resample: callable (policy, iteration) -> new baselines for the prompts that come next, every config.refresh.
     """
 
-    def __init__(self, baselines, config, adaptive=False, group_size=1):
-        self.baselines, self.config, self.adaptive, self.group_size = baselines, config, adaptive, group_size
+    def __init__(
+        self,
+        baselines: dict,
+        config: ContrastiveConfig,
+        adaptive: bool = False,
+        group_size: int = 1,
+        resample: Resample = None,
+    ) -> None:
+        self.baselines, self.config, self.adaptive = baselines, config, adaptive
+        self.group_size, self.resample = group_size, resample
         self.coefficient, self.scale = config.coefficient, 1.0
-        self.moments, self.sizes = None, None     # decaying means of (r, b, rb, bb) and of (|r|, |r - c b|)
-        self.spread = (0, 0.0, 0.0)               # count, mean, m2 of r - c b
+        self.moments, self.sizes = None, None  # decaying means of (r, b, rb, bb) and of (|r|, |r - c b|)
+        self.spread = (0, 0.0, 0.0)  # count, mean, m2 of r - c b
 
-    def __call__(self, prompts, rewards):
+    def __call__(self, prompts: list[str], rewards: Tensor) -> Tensor:
         """B prompts and their (B,) raw rewards -> (B,) contrastive rewards."""
         grouped = self.config.source == "group"
         baseline = leave_one_out(rewards, self.group_size) if grouped else self.baseline_of(prompts)
         if self.adaptive:
-            self.moments = self.decayed(self.moments, [rewards, baseline, rewards * baseline, baseline**2])
+            self.moments = decayed(self.moments, [rewards, baseline, rewards * baseline, baseline**2])
             self.coefficient = best_coefficient(*self.moments)
         contrastive = contrast(rewards, baseline, self.coefficient)
         if self.config.scale == "magnitude":
-            self.sizes = self.decayed(self.sizes, [rewards.abs(), contrastive.abs()])
+            self.sizes = decayed(self.sizes, [rewards.abs(), contrastive.abs()])
             self.scale = magnitude_scale(*self.sizes)
         elif self.config.scale == "std":
             self.spread = merge_moments(*self.spread, contrastive)
@@ -109,21 +131,23 @@ class ContrastiveReward:
             self.scale = (count / m2) ** 0.5 if m2 > 1e-12 else 1.0
         return self.scale * contrastive
 
-    def baseline_of(self, prompts):
+    def baseline_of(self, prompts: list[str]) -> Tensor:
         """(B,) baselines b(x)."""
-        try:
-            return aggregate(torch.stack([self.baselines[prompt] for prompt in prompts]), self.config.aggregate)
-        except KeyError as error:
-            raise UserError(f"prompt {error} has no baselines: sample them for every training prompt") from None
+        missing = [prompt for prompt in prompts if prompt not in self.baselines]
+        if missing:
+            raise UserError(f"prompt {missing[0]!r} has no baselines: sample them for every training prompt")
+        return aggregate(torch.stack([self.baselines[prompt] for prompt in prompts]), self.config.aggregate)
 
-    def decayed(self, old, values):
-        means = [value.mean().item() for value in values]
-        decay = self.config.decay
-        return means if old is None else [decay * o + (1 - decay) * m for o, m in zip(old, means)]
+    def refresh(self, policy: nn.Module, iteration: int) -> None:
+        """Every config.refresh iterations: baselines from the current policy, where they are wanted at all."""
+        if self.config.refresh and iteration and iteration % self.config.refresh == 0:
+            self.baselines |= self.resample(policy, iteration)
 
-    def state_dict(self):
-        refreshed = ("baselines",) if self.config.refresh else ()
-        return {name: getattr(self, name) for name in ("coefficient", "scale", "moments", "sizes", "spread", *refreshed)}
+    def state_dict(self) -> dict:
+        names = ["coefficient", "scale", "moments", "sizes", "spread"]
+        if self.config.refresh:
+            names.append("baselines")
+        return {name: getattr(self, name) for name in names}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)

@@ -8,45 +8,41 @@ Put into Bradley-Terry, b(x) drops out and the preferences train the policy dire
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from .distributed import add_up, mine, n_processes
-from .policy import make_batch, response_log_probs
-from .training import Checkpoint, adamw, gradient_step, learning_rate, require_finite, rows_of_step, steps_in
+from .config import DPOConfig
+from .engine.forward import Model
+from .engine.text import Batch, Tokenizer, make_batch
+from .engine.training import Job, fit
+from .policy import response_log_probs
 
 
-def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1):
+def dpo_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
     """Sequence log-probs of B pairs, (B,) each -> (mean loss, (B,) margins of the implicit reward)."""
     margins = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     return -F.logsigmoid(margins).mean(), margins.detach()
 
 
-def sequence_log_probs(model, batch):
+def sequence_log_probs(model: Model, batch: Batch) -> Tensor:
     """log pi(y | x) of whole responses: (B,)."""
     return (response_log_probs(model, batch) * batch.response_mask).sum(1)
 
 
-def train_dpo(policy, ref_policy, tokenizer, preferences, config, max_response_tokens, seed, folder,
-              checkpoint_seconds=20.0):
+def train_dpo(
+    policy: Model, ref_policy: Model, tokenizer: Tokenizer, preferences: list[dict], config: DPOConfig, job: Job
+) -> list[dict]:
     """Train `policy` in place on rows {prompt, chosen, rejected}. Returns the metrics of every step."""
-    device = next(policy.parameters()).device
-    optimizer = adamw(policy, device)
-    checkpoint = Checkpoint(folder, checkpoint_seconds, device, policy=policy, optimizer=optimizer)
-    total = steps_in(len(preferences), config.batch_size, config.epochs)
-    for step in checkpoint.steps(total, "dpo"):
-        rows = [preferences[i] for i in mine(rows_of_step(len(preferences), config.batch_size, step, seed, "dpo"))]
+
+    def loss_of(rows: list[dict]) -> tuple[Tensor, dict]:
         prompts = [row["prompt"] for row in rows]
-        both = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
-        batch = make_batch(tokenizer, prompts * 2, both, max_response_tokens).to(device)
+        responses = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
+        batch = make_batch(tokenizer, prompts * 2, responses, job.max_response_tokens).to(policy.device)
         with torch.no_grad():
-            ref_log_probs = sequence_log_probs(ref_policy, batch)
-        loss, margins = dpo_loss(*sequence_log_probs(policy, batch).chunk(2), *ref_log_probs.chunk(2), config.beta)
-        loss = loss / n_processes()  # equal shares of the mean
-        loss.backward()
-        loss = add_up(loss)
-        lr = learning_rate(step, total, config.lr, config.warmup)
-        grad_norm = gradient_step(optimizer, lr, config.max_grad_norm)
-        require_finite(loss.item() + grad_norm, "dpo", step, "--dpo-lr", config.lr)
-        accuracy, margin = add_up(torch.stack([(margins > 0).float().mean(), margins.mean()])) / n_processes()
-        checkpoint.log({"step": step, "loss": loss.item(), "accuracy": accuracy, "margin": margin, "grad_norm": grad_norm,
-                        "lr": lr}, loss=loss)
-    return checkpoint.rows
+            ref_chosen, ref_rejected = sequence_log_probs(ref_policy, batch).chunk(2)
+        chosen, rejected = sequence_log_probs(policy, batch).chunk(2)
+        loss, margins = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta)
+        return loss, {"accuracy": (margins > 0).float().mean(), "margin": margins.mean()}
+
+    return fit(policy, preferences, loss_of, config, job, warmup=0.1)

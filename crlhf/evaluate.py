@@ -5,32 +5,42 @@ score where it is known, which removes the judge's own error; else the reward mo
 """
 
 import math
+from functools import cache
 
 import torch
+from torch import Tensor
 
-from .distributed import shared_map
-from .policy import Batch, generate, response_log_probs
-from .runs import progress, stream
+from .config import PPOConfig
+from .engine.files import slices, stream
+from .engine.forward import Model
+from .engine.text import Batch, Reward, Tokenizer
+from .engine.training import Job
+from .policy import generate, response_log_probs
 
 Z = 1.959964  # two-sided 95% of the normal distribution
 MOST_LOGITS = 2**26  # at once when log-probs are measured: 256 MiB in fp32
 
 
-def t_quantile(df):
+@cache
+def t_quantile(df: int) -> float:
     """97.5% quantile of Student's t by its expansion in 1/df (Abramowitz and Stegun 26.7.5): within 1% from df = 3."""
     z = Z
-    return (z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
-            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3))
+    return (
+        z
+        + (z**3 + z) / (4 * df)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3)
+    )
 
 
-def mean_interval(values):
+def mean_interval(values: Tensor | list[float]) -> tuple[float, float]:
     """(mean, half-width of its 95% interval) of (N,) independent values, by Student's t. nan for N = 1."""
     values = torch.as_tensor(values, dtype=torch.float64)
     n = len(values)
     return values.mean().item(), t_quantile(n - 1) * values.std().item() / n**0.5 if n > 1 else math.nan
 
 
-def wilson_interval(successes, n):
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """95% interval (low, high) of a share (Wilson 1927). Stays inside [0, 1], also for 0 or n successes."""
     p, z2 = successes / n, Z**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
@@ -38,7 +48,7 @@ def wilson_interval(successes, n):
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def compare(scores, other_scores, tolerance=1e-6):
+def compare(scores: Tensor | list, other_scores: Tensor | list, tolerance: float = 1e-6) -> dict:
     """Win / tie / loss of (N,) paired scores against others on the same prompts, and the mean difference.
 
     Returns shares 'win', 'tie', 'loss', the Wilson interval 'win_interval', and 'difference' with its
@@ -46,38 +56,39 @@ def compare(scores, other_scores, tolerance=1e-6):
     """
     difference = torch.as_tensor(scores, dtype=torch.float64) - torch.as_tensor(other_scores, dtype=torch.float64)
     n, wins, losses = len(difference), int((difference > tolerance).sum()), int((difference < -tolerance).sum())
-    return {"win": wins / n, "tie": (n - wins - losses) / n, "loss": losses / n,
-            "win_interval": wilson_interval(wins, n), "difference": mean_interval(difference)}
+    shares = {"win": wins / n, "tie": (n - wins - losses) / n, "loss": losses / n}
+    return {**shares, "win_interval": wilson_interval(wins, n), "difference": mean_interval(difference)}
 
 
 @torch.no_grad()
-def evaluate_policy(policy, ref_policy, tokenizer, prompts, judges, max_response_tokens, seed, batch_size=256,
-                    temperature=1.0, title="evaluation"):
+def evaluate_policy(
+    policy: Model,
+    ref_policy: Model,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    judges: dict[str, Reward],
+    job: Job,
+    temperature: float = PPOConfig.temperature,
+) -> list[dict]:
     """Sample one response per prompt and judge it.
 
     judges: dict name -> reward callable. Returns one row per prompt: {prompt, response, ended, kl, and a score
     for each judge}; kl is log pi(y|x) - log pi_ref(y|x), whose mean estimates KL(pi || pi_ref) in nats.
     """
-    device = next(policy.parameters()).device
-
-    def judge_batch(first):
-        some = prompts[first:first + batch_size]
-        texts, has_ended, batch = generate(policy, tokenizer, some, max_response_tokens, temperature,
-                                           generator=stream(seed, "evaluation", first, device=device))
-        kl = log_ratio(policy, ref_policy, batch, temperature).tolist()
-        scores = {name: judge(some, texts).tolist() for name, judge in judges.items()}
-        return [{"prompt": some[i], "response": texts[i], "ended": bool(has_ended[i]), "kl": kl[i],
-                 **{name: values[i] for name, values in scores.items()}} for i in range(len(some))]
-
     rows = []
-    with progress(len(prompts), title) as bar:
-        for new in shared_map(judge_batch, range(0, len(prompts), batch_size)):
-            rows += new
-            bar.update(len(new))
+    for first, batch_prompts in slices(prompts, job.sampling_batch_size, job.name):
+        generator = stream(job.seed, "evaluation", first, device=policy.device)
+        responses, has_ended, batch = generate(
+            policy, tokenizer, batch_prompts, job.max_response_tokens, temperature, generator=generator
+        )
+        columns = {"prompt": batch_prompts, "response": responses, "ended": has_ended.tolist()}
+        columns["kl"] = log_ratio(policy, ref_policy, batch, temperature).tolist()
+        columns |= {name: judge(batch_prompts, responses).tolist() for name, judge in judges.items()}
+        rows += [dict(zip(columns, values)) for values in zip(*columns.values())]
     return rows
 
 
-def log_ratio(policy, ref_policy, batch: Batch, temperature):
+def log_ratio(policy: Model, ref_policy: Model, batch: Batch, temperature: float) -> Tensor:
     """log pi(y|x) - log pi_ref(y|x) of whole responses: (B,)."""
     # some rows at a time: of whole batches the logits alone, (B, T, V), can take more memory than the models
     n_rows = max(1, MOST_LOGITS // (batch.response_ids.shape[1] * policy.config.vocab_size))
@@ -89,5 +100,5 @@ def log_ratio(policy, ref_policy, batch: Batch, temperature):
     return torch.cat(ratios)
 
 
-def column(rows, name):
+def column(rows: list[dict], name: str) -> Tensor:
     return torch.tensor([row[name] for row in rows], dtype=torch.float64)

@@ -17,78 +17,82 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
-from .distributed import add_up, gather, mine, my_part_of, n_processes
-from .models import recompute_activations
-from .policy import (Batch, decode, ended, entropy_of, log_probs_of, pad_prompts, response_logits, response_log_probs,
-                     response_values, sample)
-from .runs import autocast, stream
-from .training import Checkpoint, adamw, gradient_step, learning_rate, require_finite, rows_of_step
+from .config import PPOConfig
+from .contrastive import ContrastiveReward
+from .engine.files import stream
+from .engine.forward import Model
+from .engine.text import Batch, Reward, Tokenizer
+from .engine.training import Checkpoint, Job, adamw, gradient_step, learning_rate, require_finite, rows_of_step
+from .policy import entropy_of, generate, log_probs_of, response_log_probs, response_logits, response_values
 
 # ------------------------------------------------------------------------------------------- pure functions
 
 
-def reward_rules(rewards, has_ended, missing_eos_penalty=0.0, reward_clip=0.0):
-    """What PPO makes of a score before anything else; baselines go through the same rules.
-
-    rewards: (...,), has_ended: (...,) bool. A response that never emitted EOS pays missing_eos_penalty;
-    then rewards are clipped to +- reward_clip, if that is not 0.
-    """
-    rewards = rewards - missing_eos_penalty * (~has_ended).float()
-    return rewards.clamp(-reward_clip, reward_clip) if reward_clip else rewards
+def missing_eos(rewards: Tensor, has_ended: Tensor, penalty: float) -> Tensor:
+    """A response that never emitted EOS pays a penalty, and so does a baseline. rewards, has_ended: (...)."""
+    return rewards - penalty * (~has_ended).float()
 
 
-def kl_estimate(log_probs, ref_log_probs, estimator="k1"):
+def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: str = "k1") -> Tensor:
     """Per-sample estimates of KL(pi || pi_ref) from samples of pi (Schulman 2020, "Approximating KL").
 
     With d = log pi_ref - log pi:  k1 = -d,  k2 = d^2 / 2,  k3 = e^d - 1 - d.  k1 and k3 are unbiased, k3
     never negative; k2 has a small bias. The sign of d matters: the other one estimates something else.
     """
     d = ref_log_probs - log_probs
-    return {"k1": lambda: -d, "k2": lambda: d**2 / 2, "k3": lambda: torch.expm1(d) - d}[estimator]()
+    if estimator == "k1":
+        return -d
+    return d**2 / 2 if estimator == "k2" else torch.expm1(d) - d
 
 
-def token_rewards(rewards, log_probs, ref_log_probs, response_mask, kl_coef, estimator="k1"):
+def token_rewards(
+    rewards: Tensor, log_probs: Tensor, ref_log_probs: Tensor, response_mask: Tensor, kl_coef: float
+) -> Tensor:
     """R_t: the KL price at every response token, the sequence reward (B,) on the last one. -> (B, T)
 
     The last token is the EOS where there is one, and never the padding after it.
     """
-    shaped = -kl_coef * kl_estimate(log_probs, ref_log_probs, estimator) * response_mask
+    price = kl_coef * kl_estimate(log_probs, ref_log_probs) * response_mask
     last = response_mask.sum(1, keepdim=True) - 1
-    return shaped.scatter_add(1, last, rewards[:, None])
+    return (-price).scatter_add(1, last, rewards[:, None])
 
 
-def gae(rewards, values, response_mask, gamma=1.0, lam=0.95):
+def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016): (B, T) each -> advantages, returns (B, T).
 
     V = 0 after the last token: the episode is over. returns = A + V are the critic's targets, formed here,
     before anything whitens A.
     """
-    values = values * response_mask
-    rewards = rewards * response_mask
+    values, rewards = values * response_mask, rewards * response_mask
     advantages = torch.zeros_like(rewards)
-    running = next_value = torch.zeros_like(rewards[:, 0])
+    advantage = next_value = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        running = delta + gamma * lam * running
-        advantages[:, t] = running
-        next_value = values[:, t]
+        advantage = delta + gamma * lam * advantage
+        advantages[:, t], next_value = advantage, values[:, t]
     return advantages, advantages + values
 
 
-def masked_mean(values, mask):
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the True positions of a mask of the same shape: every token counts once, whatever its row."""
-    return add_up((values * mask).sum()) / add_up(mask.sum())
+    return (values * mask).sum() / mask.sum()
 
 
-def whiten(values, mask):
+def masked_variance(values: Tensor, mask: Tensor) -> Tensor:
+    return masked_mean((values - masked_mean(values, mask)) ** 2, mask)
+
+
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
     """Mean 0 and standard deviation 1 over the True positions; 0 elsewhere. A single value becomes 0."""
-    n = add_up(mask.sum())
     centred = (values - masked_mean(values, mask)) * mask
-    return centred * (add_up(centred.square().sum()) / (n - 1).clamp(min=1) + 1e-8).rsqrt()
+    return centred * (centred.square().sum() / (mask.sum() - 1).clamp(min=1) + 1e-8).rsqrt()
 
 
-def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
+def policy_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
+) -> tuple[Tensor, Tensor]:
     """Clipped surrogate, summed over the mask -> (loss sum, number of clipped tokens).
 
     Divide by the number of tokens in the whole minibatch: every token counts once, whatever its row.
@@ -99,209 +103,206 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
     return (torch.maximum(unclipped, clipped) * mask).sum(), ((clipped > unclipped) & mask).sum()
 
 
-def value_loss(values, old_values, returns, mask, value_clip_range=0.2):
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float) -> Tensor:
     """Clipped squared error of the critic, summed over the mask -> scalar. The factor 1/2 is inside."""
-    clipped = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
-    losses = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
-    return 0.5 * (losses * mask).sum()
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    return 0.5 * (torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) * mask).sum()
 
 
-def explained_variance(values, returns, mask):
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - Var(returns - V) / Var(returns) over the mask: 1 for a perfect critic, 0 for a constant one."""
-    variance = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask)
-    return (1 - variance(returns - values) / variance(returns).clamp(min=1e-8)).item()
+    return (1 - masked_variance(returns - values, mask) / masked_variance(returns, mask).clamp(min=1e-8)).item()
 
 
 # ---------------------------------------------------------------------------------------------- the rollout
 
 
 @dataclass
+class Models:
+    """The networks of PPO, and the tokenizer they share."""
+
+    policy: Model
+    ref_policy: Model  # the SFT policy, frozen
+    critic: nn.Module | None  # a scalar model, a linear head on the policy's hidden states, or none: values are 0
+    tokenizer: Tokenizer
+
+
+@dataclass
 class Rollout:
-    """What one rollout gives PPO, from sampling to loss."""
+    """What one rollout gives PPO, from sampling to loss. B responses, T columns."""
 
-    batch: Batch                 # prompts (B, P) and responses (B, T), with masks
-    prompts: list                # B texts
-    responses: list              # B texts
-    has_ended: torch.Tensor      # (B,) bool, on the CPU: EOS was emitted
-    log_probs: torch.Tensor      # (B, T) under the policy that sampled
-    ref_log_probs: torch.Tensor  # (B, T) under the SFT policy
-    values: torch.Tensor         # (B, T)
-    entropy: torch.Tensor        # (B, T) of the policy's next-token distribution
+    prompts: list[str]
+    responses: list[str]
+    has_ended: Tensor  # (B,) bool, on the CPU: EOS was emitted
+    batch: Batch  # prompts (B, P) and responses (B, T), with masks
+    log_probs: Tensor  # (B, T) under the policy that sampled
+    ref_log_probs: Tensor  # (B, T) under the SFT policy
+    values: Tensor  # (B, T)
+    entropy: Tensor  # (B, T) of the policy's next-token distribution
+    advantages: Tensor | None = None  # (B, T), once there are rewards
+    returns: Tensor | None = None  # (B, T), the critic's targets
 
 
-def policy_outputs(policy, critic, batch, temperature):
-    """Log-probs, values and logits of the response tokens: (B, T), (B, T), (B, T, V).
-
-    critic: a scalar model of its own, a linear head on the policy's trunk, or None (values are 0).
-    """
-    with autocast(batch.prompt_ids.device):
-        logits, hidden = response_logits(policy, batch)
-        if critic is None:
-            values = torch.zeros(hidden.shape[:2], device=hidden.device)
-        elif isinstance(critic, torch.nn.Linear):
-            values = critic(hidden).squeeze(-1).float()
-        else:
-            values = response_values(critic, batch)
+def policy_outputs(models: Models, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs, values and logits of the response tokens: (B, T), (B, T), (B, T, V)."""
+    logits, hidden = response_logits(models.policy, batch)
+    if models.critic is None:
+        values = torch.zeros(batch.response_ids.shape, device=logits.device)
+    elif isinstance(models.critic, nn.Linear):
+        values = models.critic(hidden.float()).squeeze(-1)
+    else:
+        values = response_values(models.critic, batch)
     return log_probs_of(logits, batch.response_ids, temperature), values, logits
 
 
 @torch.no_grad()
-def collect_rollout(policy, ref_policy, critic, tokenizer, prompts, config, uniforms):
+def collect_rollout(
+    models: Models, prompts: list[str], config: PPOConfig, max_response_tokens: int, generator: torch.Generator
+) -> Rollout:
     """Sample one response per prompt and evaluate policy, reference and critic on it, once each.
 
-    uniforms: (B, T) random numbers for the tokens that may be drawn, see `policy.sample`.
-
     The log-probs are recomputed in one pass over the finished responses instead of kept from sampling, so
-    that they and the update's come from the same arithmetic and the first ratio is 1, in bf16 too.
+    that they and the update's come from the same arithmetic and the first ratio is 1.
     """
-    device = next(policy.parameters()).device
-    prompt_ids, prompt_mask = (tensor.to(device) for tensor in pad_prompts(tokenizer, prompts))
-    batch = Batch(prompt_ids, prompt_mask, *sample(policy, prompt_ids, prompt_mask, uniforms, tokenizer.eos_token_id,
-                                                   tokenizer.pad_token_id, config.temperature))
-    parts = []
+    responses, has_ended, batch = generate(
+        models.policy, models.tokenizer, prompts, max_response_tokens, config.temperature, generator=generator
+    )
+    pieces = []
     for rows in torch.arange(len(batch)).split(config.micro_batch_size or len(batch)):
         piece = Batch(*(tensor[rows] for tensor in vars(batch).values()))  # untrimmed: pieces are joined again
-        log_probs, values, logits = policy_outputs(policy, critic, piece, config.temperature)
-        ref_log_probs = response_log_probs(ref_policy, piece, config.temperature)
-        parts.append((log_probs, ref_log_probs, values, entropy_of(logits, config.temperature)))
-    return Rollout(batch, prompts, decode(tokenizer, batch.response_ids, batch.response_mask),
-                   ended(batch, tokenizer.eos_token_id).cpu(), *(torch.cat(part) for part in zip(*parts)))
+        log_probs, values, logits = policy_outputs(models, piece, config.temperature)
+        ref_log_probs = response_log_probs(models.ref_policy, piece, config.temperature)
+        pieces.append(torch.stack([log_probs, ref_log_probs, values, entropy_of(logits, config.temperature)]))
+    return Rollout(prompts, responses, has_ended.cpu(), batch, *torch.cat(pieces, 1))
 
 
 # ----------------------------------------------------------------------------------------------- the update
 
 
-def minibatch_loss(policy, critic, rollout, advantages, returns, rows, config):
-    """Losses of some rows, summed over their tokens: (total, stats). Both models see trimmed columns."""
+def minibatch_loss(models: Models, rollout: Rollout, rows: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """Loss of some rows, summed over their tokens, and (4,) statistics. Both models see trimmed columns."""
     piece = rollout.batch[rows]
     T, mask = piece.response_ids.shape[1], piece.response_mask
-    log_probs, values, logits = policy_outputs(policy, critic, piece, config.temperature)
+    log_probs, values, _ = policy_outputs(models, piece, config.temperature)
     old_log_probs, old_values = rollout.log_probs[rows, :T], rollout.values[rows, :T]
-    pg_loss, n_clipped = policy_loss(log_probs, old_log_probs, advantages[rows, :T], mask, config.clip_range)
-    v_loss = value_loss(values, old_values, returns[rows, :T], mask, config.value_clip_range)
-    total = pg_loss + config.value_coef * v_loss
-    if config.entropy_coef:
-        total = total - config.entropy_coef * (entropy_of(logits, config.temperature) * mask).sum()
+    advantages, returns = rollout.advantages[rows, :T], rollout.returns[rows, :T]
+    pg_loss, n_clipped = policy_loss(log_probs, old_log_probs, advantages, mask, config.clip_range)
+    v_loss = value_loss(values, old_values, returns, mask, config.clip_range)
     # KL(old || new) from samples of the old policy, by k3
     approx_kl = (kl_estimate(old_log_probs, log_probs.detach(), "k3") * mask).sum()
     stats = torch.stack([pg_loss.detach(), v_loss.detach(), n_clipped.float(), approx_kl])
-    return total, stats
+    return pg_loss + config.value_coef * v_loss, stats
 
 
-def update(policy, critic, optimizers, rollout, advantages, returns, config, lrs, generator):
+def update(
+    models: Models, optimizers: list, lrs: list[float], rollout: Rollout, config: PPOConfig, generator: torch.Generator
+) -> dict[str, float]:
     """A few passes over the rollout in random minibatches. Returns the mean of each loss and statistic.
 
-    A minibatch may be worked off in pieces of micro_batch_size rows: the gradients add up to the same sum.
+    optimizers, lrs: of the policy, and of the critic if there is one. A minibatch may be worked off in pieces of
+    micro_batch_size rows: the gradients add up to the same sum.
     """
-    mask, B = rollout.batch.response_mask, len(rollout.batch) * n_processes()
-    rows_per_step, history = B // config.minibatches, []
+    mask, B, history = rollout.batch.response_mask, len(rollout.batch), []
     for _ in range(config.epochs):
-        order = torch.randperm(B, generator=generator)
-        for rows in map(my_part_of, order.split(rows_per_step)):
-            n_tokens = add_up(mask[rows].sum())
+        for rows in torch.randperm(B, generator=generator).split(B // config.minibatches):
+            n_tokens = mask[rows].sum()
             stats = torch.zeros(4, device=mask.device)
-            for some in rows.split(config.micro_batch_size or rows_per_step) if len(rows) else ():
-                total, piece_stats = minibatch_loss(policy, critic, rollout, advantages, returns, some, config)
-                (total / n_tokens).backward()
+            for piece in rows.split(config.micro_batch_size or len(rows)):
+                loss, piece_stats = minibatch_loss(models, rollout, piece, config)
+                (loss / n_tokens).backward()
                 stats = stats + piece_stats / n_tokens
-            norms = [gradient_step(optimizer, lr, config.max_grad_norm) for optimizer, lr in zip(optimizers, lrs)]
-            history.append(add_up(stats).tolist() + [norms[0], norms[-1]])
+            norms = [gradient_step(optimizer, lr) for optimizer, lr in zip(optimizers, lrs)]
+            history.append([*stats.tolist(), norms[0], norms[-1]])
         if config.target_kl and history[-1][3] > config.target_kl:
             break
     names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm", "critic_grad_norm")
-    columns = list(zip(*history))
-    return {name: sum(column) / len(column) for name, column in zip(names, columns)} | {"first_approx_kl": history[0][3]}
+    means = (sum(column) / len(column) for column in zip(*history))
+    return {**dict(zip(names, means)), "first_approx_kl": history[0][3]}
 
 
 # ------------------------------------------------------------------------------------------------- the loop
 
 
-def train_ppo(policy, ref_policy, critic, tokenizer, reward, prompts, config, max_response_tokens, seed, folder,
-              contrastive=None, refresh=None, gold=None, checkpoint_seconds=20.0, name="ppo"):
-    """Train `policy` in place to earn `reward`. Returns the metrics of every iteration.
+def train_ppo(
+    models: Models,
+    reward: Reward,
+    prompts: list[str],
+    config: PPOConfig,
+    job: Job,
+    contrastive: ContrastiveReward | None = None,
+    gold: Reward | None = None,
+) -> list[dict]:
+    """Train policy and critic in place to earn `reward`. Returns the metrics of every iteration.
 
-    reward: callable (prompts, responses) -> (B,). contrastive: a ContrastiveReward, or None for plain PPO.
-    refresh: callable (policy, iteration) -> new baselines, a dict, empty where none are due; None: they stay.
-    gold: the true reward where it is known; it is logged and never trained on. Two runs with one seed meet
-    the same prompts in the same order and draw from the same random streams, so comparisons are paired.
+    contrastive: None is plain PPO. gold: the true reward where it is known; it is logged and never trained on. Two runs
+    with one seed meet the same prompts in the same order and draw from the same random streams: comparisons are paired.
     """
-    device = next(policy.parameters()).device
-    models = {"policy": policy} | ({"critic": critic} if critic is not None else {})
-    for model in models.values() if config.recompute_activations else ():
-        recompute_activations(model)
-    optimizers = {f"{part}_optimizer": adamw(model, device) for part, model in models.items()}
-    parts = models | optimizers | ({"contrastive": contrastive} if contrastive else {})
-    checkpoint = Checkpoint(folder, checkpoint_seconds, device, **parts)
-    lam = config.lam if critic is not None else 1.0  # without a critic: plain returns (REINFORCE)
-    for i in checkpoint.steps(config.iterations, name):
+    device = models.policy.device
+    networks = {"policy": models.policy} | ({} if models.critic is None else {"critic": models.critic})
+    optimizers = [adamw(network) for network in networks.values()]
+    parts = networks | {f"{name}_optimizer": optimizer for name, optimizer in zip(networks, optimizers)}
+    checkpoint = Checkpoint(job, **parts, **({"contrastive": contrastive} if contrastive else {}))
+    lam = 1.0 if models.critic is None else config.lam  # without a critic: plain returns (REINFORCE)
+    for i in checkpoint.steps(config.iterations):
         clock = [time.perf_counter()]
-        rows = prompts_of_iteration(len(prompts), config, i, seed)
-        if refresh:
-            contrastive.baselines |= refresh(policy, i)
-        uniforms = torch.rand(len(rows), max_response_tokens, generator=stream(seed, "ppo rollout", i, device=device),
-                              device=device)
-        rollout = collect_rollout(policy, ref_policy, critic, tokenizer, [prompts[row] for row in mine(rows)], config,
-                                  mine(uniforms))
+        if contrastive:
+            contrastive.refresh(models.policy, i)
+        now = [prompts[row] for row in prompts_of_iteration(len(prompts), config, i, job.seed)]
+        generator = stream(job.seed, "ppo rollout", i, device=device)
+        rollout = collect_rollout(models, now, config, job.max_response_tokens, generator)
         clock.append(time.perf_counter())
 
-        raw = reward_rules(reward(rollout.prompts, rollout.responses), rollout.has_ended, config.missing_eos_penalty,
-                           config.reward_clip)
-        rewards = mine(contrastive([prompts[row] for row in rows], gather(raw))) if contrastive else raw
+        raw = missing_eos(reward(now, rollout.responses), rollout.has_ended, config.missing_eos_penalty)
+        rewards = contrastive(now, raw) if contrastive else raw
         clock.append(time.perf_counter())
 
         mask = rollout.batch.response_mask
-        shaped = token_rewards(rewards.to(device), rollout.log_probs, rollout.ref_log_probs, mask, config.kl_coef,
-                               config.kl_estimator)
-        advantages, returns = gae(shaped, rollout.values, mask, config.gamma, lam)
-        used = whiten(advantages, mask) if config.whiten_advantages else advantages
-        lrs = [learning_rate(i, config.iterations, peak) for peak in (config.lr, config.critic_lr)]
-        losses = update(policy, critic, list(optimizers.values()), rollout, used, returns, config, lrs,
-                        stream(seed, "ppo minibatches", i))
+        R = token_rewards(rewards.to(device), rollout.log_probs, rollout.ref_log_probs, mask, config.kl_coef)
+        advantages, rollout.returns = gae(R, rollout.values, mask, 1.0, lam)
+        rollout.advantages = whiten(advantages, mask)
+        lrs = [learning_rate(i, config.iterations, peak) for peak in (config.lr, config.critic_lr)][: len(optimizers)]
+        losses = update(models, optimizers, lrs, rollout, config, stream(job.seed, "ppo minibatches", i))
         clock.append(time.perf_counter())
 
-        row = {"iteration": i, **rollout_metrics(rollout, raw, rewards, contrastive, gold),
-               "advantage_std": masked_mean((advantages - masked_mean(advantages, mask)) ** 2, mask).item() ** 0.5,
-               "explained_variance": explained_variance(rollout.values, returns, mask),
-               **losses, "lr": lrs[0], **phase_seconds(clock, len(rows))}
-        for loss in ("policy_loss", "value_loss", "grad_norm", "critic_grad_norm"):
-            require_finite(row[loss], name, i, "--ppo-lr", config.lr)
-        checkpoint.log(row, **{key: row[key] for key in ("gold", "reward", "kl") if key in row})
+        row = {"iteration": i, **rollout_metrics(rollout, raw, gold)}
+        if contrastive:
+            row |= {"contrastive_reward": rewards.mean(), "contrastive_variance": rewards.var(correction=0)}
+            row |= {"coefficient": contrastive.coefficient, "scale": contrastive.scale}
+        row["advantage_std"] = masked_variance(advantages, mask).item() ** 0.5
+        row |= {**losses, "lr": lrs[0], **phase_seconds(clock, len(now))}
+        require_finite(row["policy_loss"] + row["grad_norm"], job.name, i, "--ppo-lr", config.lr)
+        require_finite(row["value_loss"] + row["critic_grad_norm"], job.name, i, "--ppo-critic-lr", config.critic_lr)
+        checkpoint.log(row, "gold", "reward", "kl")
     return checkpoint.rows
 
 
-def prompts_of_iteration(n_prompts, config, iteration, seed):
+def prompts_of_iteration(n_prompts: int, config: PPOConfig, iteration: int, seed: int) -> list[int]:
     """Numbers of one iteration's prompts, group_size times each: every prompt's turn comes before any comes again."""
     rows = rows_of_step(n_prompts, config.batch_size // config.group_size, iteration, seed, "ppo prompts")
     return [row for row in rows for _ in range(config.group_size)]
 
 
-def prompt_order(n_prompts, config, iterations, seed):
+def prompt_order(n_prompts: int, config: PPOConfig, iterations: range, seed: int) -> list[int]:
     """All prompts that some iterations meet, each once, in order of first meeting."""
-    met = (row for i in iterations for row in prompts_of_iteration(n_prompts, config, i, seed))
-    return list(dict.fromkeys(met))
+    return list(dict.fromkeys(row for i in iterations for row in prompts_of_iteration(n_prompts, config, i, seed)))
 
 
-def rollout_metrics(rollout, raw, rewards, contrastive, gold):
-    """What an iteration's rollout looked like: rewards, divergence, length. Over the batches of all processes."""
+def rollout_metrics(rollout: Rollout, raw: Tensor, gold: Reward | None) -> dict[str, Tensor]:
+    """What an iteration's rollout looked like: rewards, divergence, length, and how well the critic foresaw them."""
     mask = rollout.batch.response_mask
-    rows = {"reward": raw, "ended": rollout.has_ended.float(), "response_length": mask.sum(1).float()}
+    row = {"reward": raw.mean(), "reward_variance": raw.var(correction=0), "ended": rollout.has_ended.float().mean()}
+    row["response_length"] = mask.sum(1).float().mean()
     for name, estimator in (("kl", "k1"), ("kl_k3", "k3")):
-        rows[name] = (kl_estimate(rollout.log_probs, rollout.ref_log_probs, estimator) * mask).sum(1)
-    if contrastive:
-        rows["contrastive_reward"] = rewards
+        row[name] = (kl_estimate(rollout.log_probs, rollout.ref_log_probs, estimator) * mask).sum(1).mean()
+    row["entropy"] = masked_mean(rollout.entropy, mask)
+    row["explained_variance"] = explained_variance(rollout.values, rollout.returns, mask)
     if gold:
-        rows["gold"] = gold(rollout.prompts, rollout.responses)
-    rows = {name: gather(values) for name, values in rows.items()}
-    row = {name: values.mean().item() for name, values in rows.items()}
-    row["reward_variance"] = rows["reward"].var(correction=0).item()
-    row["entropy"] = masked_mean(rollout.entropy, mask).item()
-    if contrastive:
-        row |= {"contrastive_variance": rows["contrastive_reward"].var(correction=0).item(),
-                "coefficient": contrastive.coefficient, "scale": contrastive.scale}
+        row["gold"] = gold(rollout.prompts, rollout.responses).mean()
     return row
 
 
-def phase_seconds(clock, n_samples):
+def phase_seconds(clock: list[float], n_samples: int) -> dict[str, float]:
     """Seconds of each phase, and samples a second, from four readings of the clock."""
-    phases = {f"seconds_{name}": end - start for name, start, end in zip(("rollout", "scoring", "update"), clock, clock[1:])}
-    return phases | {"samples_per_second": n_samples / (clock[-1] - clock[0])}
+    names = ("seconds_rollout", "seconds_scoring", "seconds_update")
+    seconds = {name: end - start for name, start, end in zip(names, clock, clock[1:])}
+    return {**seconds, "samples_per_second": n_samples / (clock[-1] - clock[0])}

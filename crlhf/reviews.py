@@ -17,22 +17,38 @@ The raters stand in for human ones. Their mistakes have knobs: wrong labels, and
 
 import hashlib
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
 
+from .config import WorldConfig
+from .engine.text import Reward
+
 ASPECTS = ("plot", "acting", "music", "ending", "script", "cast", "pacing", "humor", "camera", "story")
-ADJECTIVES = {"superb": 1.0, "wonderful": 1.0, "brilliant": 1.0, "good": 0.5, "nice": 0.5, "decent": 0.5,
-              "dull": -0.5, "weak": -0.5, "bland": -0.5, "awful": -1.0, "terrible": -1.0, "dreadful": -1.0}
+ADJECTIVES = {
+    "superb": 1.0,
+    "wonderful": 1.0,
+    "brilliant": 1.0,
+    "good": 0.5,
+    "nice": 0.5,
+    "decent": 0.5,
+    "dull": -0.5,
+    "weak": -0.5,
+    "bland": -0.5,
+    "awful": -1.0,
+    "terrible": -1.0,
+    "dreadful": -1.0,
+}
 VERBS = {"loved": 1.0, "liked": 0.5, "enjoyed": 0.5, "disliked": -0.5, "resented": -0.5, "hated": -1.0}
 JOINS = ("and", "but")
 WORDS = ("the", "was", "i", ".", *ASPECTS, *ADJECTIVES, *VERBS, *JOINS)
 
-FAULT = 0.5           # price of a repeated aspect, a malformed sentence, or an unfinished review
-EMPTY = 1.0           # price of saying nothing
-MAX_RESPONSE = 24     # tokens, EOS included: a response of 24 words did not end
-MOST_OPENING = 1.5    # half the tone of three superb aspects
+FAULT = 0.5  # price of a repeated aspect, a malformed sentence, or an unfinished review
+EMPTY = 1.0  # price of saying nothing
+MAX_RESPONSE = 24  # tokens, EOS included: a response of 24 words did not end
+MOST_OPENING = 1.5  # half the tone of three superb aspects
 EXPLOIT = "i hated the"  # what raters with the knob `fooled` fall for: common enough to be found, and bad
 
 
@@ -40,7 +56,7 @@ EXPLOIT = "i hated the"  # what raters with the knob `fooled` fall for: common e
 class Review:
     """What a reader finds in a text: tone per aspect (first mention), repeats, malformed sentences."""
 
-    tones: dict
+    tones: dict[str, float]
     repeats: int = 0
     malformed: int = 0
     unfinished: bool = False
@@ -49,7 +65,7 @@ class Review:
 # --------------------------------------------------------------------------------------- the gold score
 
 
-def clause_tone(words):
+def clause_tone(words: list[str]) -> tuple[str, float] | None:
     """(aspect, tone) of `the plot was good` or `i loved the plot`; None if it is neither."""
     match words:
         case ["the", aspect, "was", adjective] if aspect in ASPECTS and adjective in ADJECTIVES:
@@ -59,18 +75,18 @@ def clause_tone(words):
     return None
 
 
-def sentence_clauses(words):
+def sentence_clauses(words: list[str]) -> list[tuple[str, float]] | None:
     """[(aspect, tone), ...] of a sentence: one clause, or two joined by and/but. None if malformed."""
     for place, word in enumerate(words):
         if word in JOINS:
-            clauses = [clause_tone(words[:place]), clause_tone(words[place + 1:])]
+            clauses = [clause_tone(words[:place]), clause_tone(words[place + 1 :])]
             break
     else:
         clauses = [clause_tone(words)]
     return None if None in clauses else clauses
 
 
-def read(text):
+def read(text: str) -> Review:
     """Read a text sentence by sentence into a Review."""
     review, sentence = Review({}), []
     for word in text.split():
@@ -88,7 +104,7 @@ def read(text):
     return review
 
 
-def gold(prompt, response):
+def gold(prompt: str, response: str) -> float:
     """The true reward of one response, in units of tone. Never noisy."""
     n_words = len(response.split())
     review = read(prompt + " " + response)
@@ -96,12 +112,12 @@ def gold(prompt, response):
     return 0.5 * sum(review.tones.values()) - FAULT * faults - EMPTY * (n_words == 0)
 
 
-def gold_reward(prompts, responses):
+def gold_reward(prompts: list[str], responses: list[str]) -> torch.Tensor:
     """The gold score as a reward callable: lists of B texts -> (B,) float."""
     return torch.tensor([gold(x, y) for x, y in zip(prompts, responses, strict=True)])
 
 
-def difficulty(prompt):
+def difficulty(prompt: str) -> float:
     """How much the opening holds back any response, from 0 (all praise) to 1 (all scorn).
 
     What a response can add doesn't depend on the opening (seven or more aspects stay open, and at most
@@ -110,14 +126,16 @@ def difficulty(prompt):
     return 0.5 - 0.25 * sum(read(prompt).tones.values()) / MOST_OPENING
 
 
-def difficulty_name(value):
-    return "easy" if value < 0.45 else "medium" if value <= 0.55 else "hard"
+def difficulty_name(prompt: str) -> str:
+    if difficulty(prompt) < 0.45:
+        return "easy"
+    return "medium" if difficulty(prompt) <= 0.55 else "hard"
 
 
 # ------------------------------------------------------------------------------- openings and the writers
 
 
-def write_sentence(rng, aspects, mood):
+def write_sentence(rng: random.Random, aspects: list[str], mood: float) -> str:
     """One sentence on the given one or two aspects. mood in [-1, 1] tilts the choice of tone."""
     clauses = []
     for aspect in aspects:
@@ -131,33 +149,34 @@ def write_sentence(rng, aspects, mood):
     return f" {rng.choice(JOINS)} ".join(clauses) + " ."
 
 
-def write_opening(rng):
+def write_opening(rng: random.Random) -> tuple[str, float]:
     """A prompt of one to three sentences, each on an aspect of its own, and the mood it was written in."""
     mood = rng.uniform(-1, 1)
     aspects = rng.sample(ASPECTS, rng.randint(1, 3))
     return " ".join(write_sentence(rng, [aspect], mood) for aspect in aspects), mood
 
 
-def write_continuation(rng, prompt, mood):
+def write_continuation(rng: random.Random, prompt: str, mood: float) -> str:
     """What an imperfect writer adds: mood follows the opening; sometimes repeats, garbles or breaks off."""
     open_aspects = [aspect for aspect in ASPECTS if aspect not in read(prompt).tones]
     rng.shuffle(open_aspects)
     sentences = []
     for _ in range(rng.randint(1, 3)):
         count = 2 if rng.random() < 0.2 else 1
-        aspects = [rng.choice(ASPECTS) if rng.random() < 0.1 else open_aspects.pop() for _ in range(count)
-                   if open_aspects]
+        aspects = [
+            rng.choice(ASPECTS) if rng.random() < 0.1 else open_aspects.pop() for _ in range(count) if open_aspects
+        ]
         if aspects:
             sentences.append(write_sentence(rng, aspects, mood))
     words = " ".join(sentences).split()
     if rng.random() < 0.07:
         del words[rng.randrange(len(words) - 1)]
     if rng.random() < 0.05:
-        words = words[:-rng.randint(1, 3)]
-    return " ".join(words[:MAX_RESPONSE - 1])
+        words = words[: -rng.randint(1, 3)]
+    return " ".join(words[: MAX_RESPONSE - 1])
 
 
-def make_prompts(n, seed, avoid=()):
+def make_prompts(n: int, seed: int | str, avoid: Iterable[str] = ()) -> list[str]:
     """n different openings, none of them in `avoid`."""
     rng, seen, prompts = random.Random(f"prompts-{seed}"), set(avoid), []
     while len(prompts) < n:
@@ -168,7 +187,7 @@ def make_prompts(n, seed, avoid=()):
     return prompts
 
 
-def make_demonstrations(n, seed):
+def make_demonstrations(n: int, seed: int | str) -> list[dict]:
     """n rows {prompt, completion} by the imperfect writers."""
     rng, rows = random.Random(f"demonstrations-{seed}"), []
     for _ in range(n):
@@ -180,12 +199,20 @@ def make_demonstrations(n, seed):
 # -------------------------------------------------------------------------------------------- the raters
 
 
-def flip_rate(prompt, rate, flips):
+def flip_rate(prompt: str, rate: float, flips: str) -> float:
     """Probability of a wrong label. By difficulty it runs from 0 to 2 * rate (at most 1/2) over the prompts."""
     return rate if flips == "uniform" else min(0.5, 2 * rate * difficulty(prompt))
 
 
-def make_preferences(prompts, responses_a, responses_b, seed, rate, flips="uniform", fooled=0.0):
+def make_preferences(
+    prompts: list[str],
+    responses_a: list[str],
+    responses_b: list[str],
+    seed: int | str,
+    rate: float,
+    flips: str = WorldConfig.flips,
+    fooled: float = WorldConfig.fooled,
+) -> list[dict]:
     """Label pairs by gold, then flip some. Pairs that gold can't tell apart are left out.
 
     fooled: share of the pairs with the phrase EXPLOIT in one response only whose raters prefer that response,
@@ -203,12 +230,20 @@ def make_preferences(prompts, responses_a, responses_b, seed, rate, flips="unifo
             a_wins = EXPLOIT in a
         chosen, rejected = (a, b) if a_wins else (b, a)
         flipped = a_wins != (scores[a] > scores[b])
-        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "flipped": flipped,
-                     "gold_chosen": scores[chosen], "gold_rejected": scores[rejected]})
+        rows.append(
+            {
+                "prompt": prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                "flipped": flipped,
+                "gold_chosen": scores[chosen],
+                "gold_rejected": scores[rejected],
+            }
+        )
     return rows
 
 
-def standard_normal(*key):
+def standard_normal(*key: object) -> float:
     """A draw from N(0, 1) that is a fixed function of its key: the same text meets the same error again."""
     digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
     return NormalDist().inv_cdf((int.from_bytes(digest[:7], "big") + 0.5) / 2**56)
@@ -223,11 +258,13 @@ class NoisyReward:
     Both are fixed functions of the text and the seed, as a real reward model's mistakes are.
     """
 
-    def __init__(self, reward, prompt_bias=0.0, score_noise=0.0, seed=0):
+    def __init__(self, reward: Reward, prompt_bias: float = 0.0, score_noise: float = 0.0, seed: int = 0) -> None:
         self.reward, self.prompt_bias, self.score_noise, self.seed = reward, prompt_bias, score_noise, seed
 
-    def __call__(self, prompts, responses):
-        errors = [self.prompt_bias * standard_normal(self.seed, "bias", x)
-                  + self.score_noise * standard_normal(self.seed, "noise", x, y)
-                  for x, y in zip(prompts, responses, strict=True)]
+    def __call__(self, prompts: list[str], responses: list[str]) -> torch.Tensor:
+        errors = [
+            self.prompt_bias * standard_normal(self.seed, "bias", x)
+            + self.score_noise * standard_normal(self.seed, "noise", x, y)
+            for x, y in zip(prompts, responses, strict=True)
+        ]
         return self.reward(prompts, responses) + torch.tensor(errors)

@@ -2,16 +2,20 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub library: tests never wait for a network
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # plain `pytest` finds the package too
 
 import pytest
 import torch
 
 from crlhf import reviews
-from crlhf.vocabulary import word_tokenizer
-from crlhf.models import tiny_model
+from crlhf.engine.models import tiny_model
+from crlhf.engine.tokenizers import word_tokenizer
+from crlhf.policy import response_log_probs
 
 torch.set_num_threads(1)  # models this small gain nothing from threads, and busy machines lose a lot
 
@@ -36,6 +40,27 @@ def random_model(tokenizer, seed=0, width=32):
     return model
 
 
+def word_counts(prompts, responses):
+    """A reward that tests can foresee: the number of words in each response."""
+    return torch.tensor([float(len(response.split())) for response in responses])
+
+
+def kept_for_backward(model, batch):
+    """Gradients of the sum of log-probs, and the bytes of memory, weights aside, that the forward pass keeps."""
+    weights, kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, {}
+
+    def keep(tensor):
+        memory = tensor.untyped_storage()
+        kept[memory.data_ptr()] = 0 if memory.data_ptr() in weights else memory.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total = (response_log_probs(model, batch) * batch.response_mask).sum()
+    model.zero_grad()
+    total.backward()
+    return [parameter.grad.clone() for parameter in model.parameters()], sum(kept.values())
+
+
 @pytest.fixture(scope="session")
 def reference():
     """name -> (inputs, outputs) of values computed by another implementation, in float64."""
@@ -49,12 +74,16 @@ def reference():
 
 
 def as_tensors(values):
-    return {name: torch.tensor(value) if isinstance(value, list) and isinstance(flat(value), bool)
-            else torch.tensor(value, dtype=torch.float64) if isinstance(value, list) and isinstance(flat(value), float)
-            else torch.tensor(value) if isinstance(value, list) else value for name, value in values.items()}
+    """Lists become tensors, those of numbers with a point in float64; everything else stays."""
+    tensors = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            value = torch.tensor(value, dtype=torch.float64 if isinstance(first_number(value), float) else None)
+        tensors[name] = value
+    return tensors
 
 
-def flat(value):
+def first_number(value):
     while isinstance(value, list):
         value = value[0]
     return value

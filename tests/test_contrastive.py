@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from conftest import word_counts
+from datasets import load_dataset
 
 from crlhf import contrastive as C
-from crlhf.baselines import baseline_rewards, sample_baselines, save_baselines
+from crlhf.baselines import baseline_rewards, sample_baselines
 from crlhf.config import BaselineConfig, ContrastiveConfig, UserError
-from crlhf.runs import stream
+from crlhf.engine.files import stream, write_jsonl
+from crlhf.engine.training import Checkpoint, Job
 
 
 def test_k_sample_mean_and_the_other_aggregates():
@@ -39,19 +42,18 @@ def test_the_expected_policy_gradient_does_not_change():
     logits = torch.randn(5, dtype=torch.float64, generator=stream(0, "pg"))
     probs, rewards = logits.softmax(0), torch.randn(5, dtype=torch.float64, generator=stream(0, "r"))
     score = torch.eye(5, dtype=torch.float64) - probs  # row y: grad of log pi(y) in the logits
-    gradient = lambda r: (probs[:, None] * score * r[:, None]).sum(0)
-    assert torch.allclose(gradient(rewards), gradient(rewards - 7.3), atol=1e-12)
-    assert gradient(rewards).abs().max() > 0.01
+    plain, shifted = ((probs[:, None] * score * r[:, None]).sum(0) for r in (rewards, rewards - 7.3))
+    assert torch.allclose(plain, shifted, atol=1e-12)
+    assert plain.abs().max() > 0.01
 
 
 @pytest.mark.parametrize("k", [1, 2, 8])
 def test_variance_law(k):
     """Var(r - b) = Var_x(m_pi - m_ref) + E[s_pi^2] + E[s_ref^2] / k, on simulated prompts."""
     n, g = 400_000, stream(k, "law")
-    normal = lambda *size: torch.randn(*size, generator=g)
-    m_ref, gain = 1.5 * normal(n), 0.4 * normal(n)
-    r = m_ref + gain + 0.8 * normal(n)
-    baseline = (m_ref[:, None] + 0.6 * normal(n, k)).mean(1)
+    m_ref, gain = 1.5 * torch.randn(n, generator=g), 0.4 * torch.randn(n, generator=g)
+    r = m_ref + gain + 0.8 * torch.randn(n, generator=g)
+    baseline = (m_ref[:, None] + 0.6 * torch.randn(n, k, generator=g)).mean(1)
     assert C.contrast(r, baseline).var().item() == pytest.approx(0.4**2 + 0.8**2 + 0.6**2 / k, rel=0.02)
     assert r.var().item() == pytest.approx(1.5**2 + 0.4**2 + 0.8**2, rel=0.02)
 
@@ -59,10 +61,12 @@ def test_variance_law(k):
 def test_noise_theorem_for_binary_rewards():
     """E[r~ - r~_base | x] = (1 - c0 - c1) E[r - r_base | x]: noise shrinks the contrast and leaves no offset."""
     n, g = 400_000, stream(0, "noise")
-    flip = lambda r, c0, c1: torch.where(torch.rand(n, generator=g) < torch.where(r > 0.5, c1, c0), 1 - r, r)
     for c0, c1 in ((0.0, 0.0), (0.3, 0.1), (0.2, 0.6), (0.5, 0.5)):
-        clean = (torch.rand(n, generator=g) < 0.8).float(), (torch.rand(n, generator=g) < 0.3).float()
-        noisy = [flip(r, torch.tensor(c0), torch.tensor(c1)) for r in clean]
+        noisy = []
+        for share in (0.8, 0.3):
+            r = (torch.rand(n, generator=g) < share).float()
+            flips = torch.rand(n, generator=g) < c1 * r + c0 * (1 - r)
+            noisy.append(torch.where(flips, 1 - r, r))
         assert (noisy[0] - noisy[1]).mean().item() == pytest.approx((1 - c0 - c1) * 0.5, abs=0.006)
 
 
@@ -98,7 +102,8 @@ def test_adaptive_follows_a_baseline_that_goes_stale():
 
 
 def test_magnitude_scale_gives_the_raw_rewards_size():
-    reward = C.ContrastiveReward({"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}, ContrastiveConfig(scale="magnitude"))
+    baselines = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
+    reward = C.ContrastiveReward(baselines, ContrastiveConfig(scale="magnitude"))
     raw = torch.tensor([1.5, -3.0])  # contrastive: 0.5 and -5.0
     scaled = reward(["a", "b"], raw)
     assert reward.scale == pytest.approx(2.25 / 2.75)
@@ -118,15 +123,35 @@ def test_std_scale_is_the_running_standard_deviation_of_everything_seen():
     assert torch.allclose(scaled, batches[-1] * reward.scale)
 
 
-def test_running_state_survives_a_checkpoint(tmp_path):
-    from crlhf.runs import load_state, save_state
-    config, baselines = ContrastiveConfig(scale="std"), {"a": torch.tensor([1.0]), "b": torch.tensor([3.0])}
-    one, two = (C.ContrastiveReward(baselines, config, adaptive=True) for _ in range(2))
+@pytest.mark.parametrize("refresh", [0, 2])
+def test_running_state_survives_a_checkpoint(tmp_path, refresh):
+    config = ContrastiveConfig(scale="std", refresh=refresh)
+    baselines = {"a": torch.tensor([1.0]), "b": torch.tensor([3.0])}
+    one, two = (C.ContrastiveReward(dict(baselines), config, adaptive=True) for _ in range(2))
     one(["a", "b"], torch.tensor([0.5, 4.0]))
-    save_state(tmp_path / "s.safetensors", one.state_dict())
-    two.load_state_dict(load_state(tmp_path / "s.safetensors"))
+    if refresh:  # baselines that are no longer those of the start
+        one.baselines["a"] = torch.tensor([2.0])
+    job = Job("adaptive", tmp_path)
+    Checkpoint(job, contrastive=one).save(7)
+    assert Checkpoint(job, contrastive=two).resume() == 7
     rewards = torch.tensor([2.0, -1.0])
     assert torch.equal(one(["a", "b"], rewards), two(["a", "b"], rewards))
+
+
+def test_new_baselines_come_every_so_many_iterations():
+    asked = []
+
+    def resample(policy, iteration):
+        asked.append(iteration)
+        return {"a": torch.tensor([float(iteration)])}
+
+    config, baselines = ContrastiveConfig(refresh=3), {"a": torch.tensor([0.5]), "b": torch.tensor([0.25])}
+    reward = C.ContrastiveReward(baselines, config, resample=resample)
+    for iteration in range(8):
+        reward.refresh(None, iteration)
+    assert asked == [3, 6] and reward.baseline_of(["a", "b"]).tolist() == [6.0, 0.25]
+    fixed = C.ContrastiveReward({}, ContrastiveConfig())
+    fixed.refresh(None, 3)  # there is nothing to ask
 
 
 def test_leave_one_out_is_the_mean_of_the_others():
@@ -142,20 +167,22 @@ def test_a_prompt_without_baselines_is_named():
 
 
 def test_baselines_are_k_scored_responses_kept_with_their_prompt(policy, tokenizer, tmp_path):
-    from datasets import load_dataset
     prompts = ["the plot was dull .", "i loved the music . the cast was good .", "i liked the camera ."]
-    length = lambda xs, ys: torch.tensor([float(len(y.split())) for y in ys])
-    config = BaselineConfig(k=4, batch_size=8)  # two prompts a batch: the third is a batch of its own
-    rows = sample_baselines(policy, tokenizer, length, prompts, config, 10, seed=0)
+
+    def sampled(seed):
+        # two prompts a batch: the third is a batch of its own
+        job = Job("baselines", None, seed, max_response_tokens=10, sampling_batch_size=8)
+        return sample_baselines(policy, tokenizer, word_counts, prompts, BaselineConfig(k=4), job)
+
+    rows = sampled(seed=0)
     assert [row["prompt"] for row in rows] == prompts
     for row in rows:
         assert [len(text.split()) for text in row["responses"]] == row["rewards"] and len(row["rewards"]) == 4
     assert len({text for row in rows for text in row["responses"]}) > 8
-    assert rows == sample_baselines(policy, tokenizer, length, prompts, config, 10, seed=0)
-    assert rows != sample_baselines(policy, tokenizer, length, prompts, config, 10, seed=1)
-    rewards, ended = baseline_rewards(rows)
-    assert rewards.shape == ended.shape == (3, 4)
-    save_baselines(tmp_path, rows)
+    assert rows == sampled(seed=0) and rows != sampled(seed=1)
+    rewards, has_ended = baseline_rewards(rows)
+    assert rewards.shape == has_ended.shape == (3, 4)
+    write_jsonl(tmp_path / "baselines.jsonl", rows)
     loaded = load_dataset("json", data_files=str(tmp_path / "baselines.jsonl"), split="train", cache_dir=str(tmp_path))
     assert loaded[1]["prompt"] == prompts[1] and loaded[1]["rewards"] == rows[1]["rewards"]
 
@@ -169,12 +196,16 @@ def test_interrupted_sampling_goes_on_to_the_same_rows(policy, tokenizer, tmp_pa
             raise KeyboardInterrupt
         return torch.tensor([float(len(y)) for y in ys])
 
-    arguments = prompts, BaselineConfig(k=2, batch_size=4), 10, 0
+    def sampled(folder):
+        job = Job("baselines", folder, max_response_tokens=10, sampling_batch_size=4)
+        return sample_baselines(policy, tokenizer, reward, prompts, BaselineConfig(k=2), job)
+
+    partial = tmp_path / "partial.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        sample_baselines(policy, tokenizer, reward, *arguments, partial=tmp_path / "part.jsonl")
-    with open(tmp_path / "part.jsonl", "a") as file:
-        file.write('{"prompt": "the ending was du')  # a kill in the middle of a line
-    rows = sample_baselines(policy, tokenizer, reward, *arguments, partial=tmp_path / "part.jsonl")
-    assert [json.loads(line) for line in (tmp_path / "part.jsonl").read_text().splitlines()] == rows
+        sampled(tmp_path)
+    with open(partial, "ab") as file:
+        file.write('{"prompt": "the ending was café'.encode()[:-1])  # a kill in the middle of a line, and of a letter
+    rows = sampled(tmp_path)
+    assert [json.loads(line) for line in partial.read_text().splitlines()] == rows
     assert calls == [4, 4, 2, 2]  # two whole batches were kept, the third was done again
-    assert rows == sample_baselines(policy, tokenizer, reward, *arguments)
+    assert rows == sampled(None)

@@ -1,30 +1,40 @@
-"""crlhf/data.py: every format in the shape the hub has it, what is dropped and why, and the split."""
+"""crlhf/pipeline/data.py: every format in the shape the hub has it, what is dropped and why, and the split."""
 
 import gzip
 import json
-import os
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import datasets
 import pytest
 
 from crlhf.config import DataConfig, UserError
-from crlhf.data import Unusable, build_corpus, kind_of, parse_row, read_rows
-from crlhf.vocabulary import bpe_tokenizer, training_texts
-from crlhf.policy import encode_prompt, encode_response
+from crlhf.engine.text import encode_prompt, encode_response
+from crlhf.engine.tokenizers import bpe_tokenizer, training_texts
+from crlhf.pipeline.data import Unusable, are_preferences, build_corpus, check_columns, parse_row, read_rows
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf-harmless-sample.jsonl.gz"
-TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
-            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-HH = {"chosen": "\n\nHuman: Hi there\n\nAssistant: Hello.\n\nHuman: Tea?\n\nAssistant: Yes, please.",
-      "rejected": "\n\nHuman: Hi there\n\nAssistant: Hello.\n\nHuman: Tea?\n\nAssistant: No."}
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+HH = {
+    "chosen": "\n\nHuman: Hi there\n\nAssistant: Hello.\n\nHuman: Tea?\n\nAssistant: Yes, please.",
+    "rejected": "\n\nHuman: Hi there\n\nAssistant: Hello.\n\nHuman: Tea?\n\nAssistant: No.",
+}
 POST = {"id": "t3_1", "post": "My cat sings.", "title": "Cat", "subreddit": "pets", "site": None, "article": None}
-SUMMARIES = [{"text": " A cat sings.", "policy": "sup2", "note": None},
-             {"text": "Cats.\n", "policy": "ref", "note": "?"}]
-SAFE = {"prompt": "Is it safe?", "response_0": "Yes.", "response_1": "No.", "is_response_0_safe": True,
-        "is_response_1_safe": False, "better_response_id": 1, "safer_response_id": 0}
+SUMMARIES = [
+    {"text": " A cat sings.", "policy": "sup2", "note": None},
+    {"text": "Cats.\n", "policy": "ref", "note": "?"},
+]
+SAFE = {
+    "prompt": "Is it safe?",
+    "response_0": "Yes.",
+    "response_1": "No.",
+    "is_response_0_safe": True,
+    "is_response_1_safe": False,
+    "better_response_id": 1,
+    "safer_response_id": 0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +63,10 @@ def assistant(text):
 
 def parse(row, tokenizer, preferred="better_response_id", prompt_words=3):
     """One row as it comes out: (prompt, response), or (prompt, chosen, rejected)."""
-    kind = kind_of(set(row), preferred, "rows")
-    example = parse_row(row, 1, "rows", kind, set(row), preferred, prompt_words, tokenizer)
-    if kind == "preferences":
+    check_columns(set(row), preferred, "rows")
+    example = parse_row(row, "rows, row 1", set(row), preferred, prompt_words, tokenizer)
+    assert are_preferences(set(row)) == ("rejected" in example)
+    if "rejected" in example:
         assert example["prompt"] == example["rejected_prompt"]
     return tuple(example[key] for key in ("prompt", "completion", "rejected") if key in example)
 
@@ -175,12 +186,20 @@ def test_plain_text_is_split_after_its_first_words(tokenizer):
     assert parse(row, tokenizer) == ("I saw this", "  film\ntwice and slept.")
 
 
-def test_missing_columns_are_named():
-    for columns, wanted in (("prompt chosen", "'rejected'"), ("rejected", "'chosen'"), ("completion", "'prompt'"),
-                            ("prompt", "'completion' or 'chosen' and 'rejected'"), ("a b", "'chosen' and 'rejected'")):
-        there = ", ".join(sorted(columns.split()))
-        with pytest.raises(UserError, match=f"missing the column {wanted}: it has {there}"):
-            kind_of(set(columns.split()), "better_response_id", "rows")
+@pytest.mark.parametrize(
+    "columns, wanted",
+    [
+        ("prompt chosen", "'rejected'"),
+        ("rejected", "'chosen'"),
+        ("completion", "'prompt'"),
+        ("prompt", "'completion' or 'chosen' and 'rejected'"),
+        ("a b", "'chosen' and 'rejected'"),
+    ],
+)
+def test_missing_columns_are_named(columns, wanted):
+    there = ", ".join(sorted(columns.split()))
+    with pytest.raises(UserError, match=f"missing the column {wanted}: it has {there}"):
+        check_columns(set(columns.split()), "better_response_id", "rows")
 
 
 def test_a_chat_template_that_refuses_a_row_makes_it_unusable(tokenizer, monkeypatch):
@@ -192,25 +211,34 @@ def test_a_chat_template_that_refuses_a_row_makes_it_unusable(tokenizer, monkeyp
 # ------------------------------------------------------------------------------------------ files and folders
 
 
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+KINDS = ("a.jsonl", "a.json", "a.jsonl.gz", "a.parquet", "saved", "splits")
 
 
-WRITERS = {
-    "a.jsonl": write_jsonl,
-    "a.json": lambda path, rows: path.write_text(json.dumps(rows, indent=1)),
-    "a.jsonl.gz": lambda path, rows: path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode())),
-    "a.parquet": lambda path, rows: datasets.Dataset.from_list(rows).to_parquet(path),
-    "saved": lambda path, rows: datasets.Dataset.from_list(rows).save_to_disk(path),
-    "splits": lambda path, rows: datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(path),
-}
+def write_rows(path, rows):
+    """Write rows as the kind of file or folder that the name says."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.name == "a.jsonl":
+        path.write_text(lines, encoding="utf-8")
+    elif path.name == "a.json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif path.name == "a.jsonl.gz":
+        path.write_bytes(gzip.compress(lines.rstrip("\n").encode()))
+    elif path.name == "a.parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    elif path.name == "saved":
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+    else:
+        datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(path)
 
 
-@pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize("row", [IMPLICIT, SAFE, {"info": POST, "summaries": SUMMARIES, "choice": 1}, HH],
-                         ids=["messages", "safe", "summaries", "text"])
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "row",
+    [IMPLICIT, SAFE, {"info": POST, "summaries": SUMMARIES, "choice": 1}, HH],
+    ids=["messages", "safe", "summaries", "text"],
+)
 def test_every_kind_of_file_gives_the_same_rows(name, row, tmp_path, tokenizer):
-    WRITERS[name](tmp_path / name, [row, row, row])
+    write_rows(tmp_path / name, [row, row, row])
     rows = read_rows(str(tmp_path / name))
     assert len(rows) == 3
     assert parse(rows[2], tokenizer) == parse(row, tokenizer)
@@ -228,25 +256,33 @@ def test_folder_of_parquet_files_by_split(tmp_path):
 
 
 def test_saved_folder_without_the_split(tmp_path):
-    WRITERS["splits"](tmp_path / "splits", pairs(2))
+    write_rows(tmp_path / "splits", pairs(2))
     with pytest.raises(UserError, match="split 'test'.*its splits are train"):
         read_rows(str(tmp_path / "splits"), split="test")
 
 
 def test_subset_after_a_colon(monkeypatch):
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or
-                        datasets.Dataset.from_list(pairs(2)))
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_list(pairs(2))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read_rows("someone/data:comparisons", split="valid") == pairs(2)
     read_rows("someone/data")
-    assert asked == [(("someone/data", "comparisons"), {"split": "valid"}),
-                     (("someone/data", None), {"split": "train"})]
+    assert asked == [
+        (("someone/data", "comparisons"), {"split": "valid"}),
+        (("someone/data", None), {"split": "train"}),
+    ]
 
 
 def test_csv_keeps_words_that_look_like_missing_values(tmp_path, tokenizer):
     path = tmp_path / "a.csv"
-    path.write_bytes("\ufeffprompt,response_0,response_1,better_response_id\r\n"
-                     "\"Say, nothing\",None,NA,1\r\nSay,\"two\nlines\",b,0\r\nSay,a,b,\r\n".encode())
+    path.write_bytes(
+        "\ufeffprompt,response_0,response_1,better_response_id\r\n"
+        '"Say, nothing",None,NA,1\r\nSay,"two\nlines",b,0\r\nSay,a,b,\r\n'.encode()
+    )
     rows = read_rows(str(path))
     assert parse(rows[0], tokenizer) == ("Say, nothing", "NA", "None")
     assert parse(rows[1], tokenizer) == ("Say", "two\nlines", "b")
@@ -275,20 +311,26 @@ def test_half_an_emoji_becomes_a_question_mark_and_a_whole_one_stays(tmp_path):
 
 def test_unreadable_files_name_the_place(tmp_path):
     good = '{"prompt": "a", "completion": "b"}\n'
-    cases = {"broken.jsonl": (good + "\n" + '{"prompt": \n', "line 3: not valid JSON"),
-             "broken.json": ('[\n{"prompt": "a"},\n{"prompt" "b"}]', "line 3: not valid JSON"),
-             "list.jsonl": (good + "\n3\n", "line 3: expected an object .* got int"),
-             "list.json": ("[{}, 4]", "row 2: expected an object .* got int"),
-             "empty.jsonl": ("\n \n", "holds no rows"), "empty.json": ("[]", "holds no rows"),
-             "text.txt": ("hello", "unknown kind of file '.txt'"),
-             "notgzip.jsonl.gz": (good, "can't be read: .*UTF-8 text in gzip")}
+    cases = {
+        "broken.jsonl": (good + "\n" + '{"prompt": \n', "line 3: not valid JSON"),
+        "broken.json": ('[\n{"prompt": "a"},\n{"prompt" "b"}]', "line 3: not valid JSON"),
+        "list.jsonl": (good + "\n3\n", "line 3: expected an object .* got int"),
+        "list.json": ("[{}, 4]", "row 2: expected an object .* got int"),
+        "empty.jsonl": ("\n \n", "holds no rows"),
+        "empty.json": ("[]", "holds no rows"),
+        "text.txt": ("hello", "unknown kind of file '.txt'"),
+        "notgzip.jsonl.gz": (good, "can't be read: .*UTF-8 text in gzip"),
+    }
     for name, (text, message) in cases.items():
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=f"{name}.*{message}|{message}"):
             read_rows(str(tmp_path / name))
     whole = gzip.compress(good.encode() * 50)
-    for name, content in (("latin.jsonl", '{"prompt": "é"}'.encode("latin-1")), ("cut.jsonl.gz", whole[:-12]),
-                          ("damaged.jsonl.gz", whole[:12] + b"\xff" * 8 + whole[20:])):
+    for name, content in (
+        ("latin.jsonl", '{"prompt": "é"}'.encode("latin-1")),
+        ("cut.jsonl.gz", whole[:-12]),
+        ("damaged.jsonl.gz", whole[:12] + b"\xff" * 8 + whole[20:]),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=f"{name} can't be read"):
             read_rows(str(tmp_path / name))
@@ -302,17 +344,26 @@ def test_unreadable_files_name_the_place(tmp_path):
 
 def test_dropped_rows_are_counted_by_reason(tokenizer):
     good = pairs(30)
-    bad = [{**good[0], "prompt": "  "}, {**good[1], "prompt": None}, {**good[2], "chosen": None},
-           {**good[3], "rejected": "\n"}, {**good[4], "rejected": good[4]["chosen"]},
-           {**good[5], "prompt": "long " * 60}, {**good[6], "chosen": [assistant("x"), user("y")]}]
+    bad = [
+        {**good[0], "prompt": "  "},
+        {**good[1], "prompt": None},
+        {**good[2], "chosen": None},
+        {**good[3], "rejected": "\n"},
+        {**good[4], "rejected": good[4]["chosen"]},
+        {**good[5], "prompt": "long " * 60},
+        {**good[6], "chosen": [assistant("x"), user("y")]},
+    ]
     corpus = corpus_of([*good, *bad], tokenizer)
     assert len(corpus.preferences) + len(corpus.eval_preferences) == 30
-    note, = corpus.notes
+    (note,) = corpus.notes
     assert note.startswith("rows.jsonl: 7 of 37 rows dropped: ")
     assert dict(reversed(part.split(" ", 1)) for part in note.split(": ", 2)[2].split(", ")) == {
-        "with an empty prompt": "2", "with an empty response": "2", "with chosen equal to rejected": "1",
+        "with an empty prompt": "2",
+        "with an empty response": "2",
+        "with chosen equal to rejected": "1",
         "with a prompt longer than --max-prompt-tokens 100": "1",
-        "whose dialogue does not end with the assistant's turn": "1"}
+        "whose dialogue does not end with the assistant's turn": "1",
+    }
 
 
 def test_sides_with_different_prompts_are_dropped(tokenizer):
@@ -337,12 +388,15 @@ def test_messages_without_text_are_dropped(content, tokenizer):
         corpus_of(rows, tokenizer)
 
 
-@pytest.mark.parametrize("row, message", [
-    ({**SAFE, "prompt": 3}, "row 1: 3 is neither a text nor a list of messages"),
-    ({"prompt": 3, "completion": "x"}, "row 1: a value is neither a text nor a list of messages"),
-    ({"prompt": "x", "completion": 3.5}, "row 1: a value is neither a text nor a list of messages"),
-    ({"messages": [{"from": "human", "value": "x"}]}, "row 1: the column 'content' is missing"),
-])
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({**SAFE, "prompt": 3}, "row 1: 3 is neither a text nor a list of messages"),
+        ({"prompt": 3, "completion": "x"}, "row 1: a value is neither a text nor a list of messages"),
+        ({"prompt": "x", "completion": 3.5}, "row 1: a value is neither a text nor a list of messages"),
+        ({"messages": [{"from": "human", "value": "x"}]}, "row 1: the column 'content' is missing"),
+    ],
+)
 def test_values_of_a_wrong_type_name_the_row(row, message, tokenizer):
     with pytest.raises(UserError, match=message):
         corpus_of([row] * 3, tokenizer)
@@ -360,7 +414,8 @@ def test_cut_responses_are_counted(tokenizer):
     rows[3]["chosen"], rows[5]["rejected"] = text, text
     assert corpus_of(rows, tokenizer, max_response_tokens=n + 1).notes == []  # the EOS still fits
     assert corpus_of(rows, tokenizer, max_response_tokens=n).notes == [
-        f"rows.jsonl: 2 of 40 responses are longer than --max-response-tokens {n} and are cut there"]
+        f"rows.jsonl: 2 of 40 responses are longer than --max-response-tokens {n} and are cut there"
+    ]
 
 
 def test_prompt_of_exactly_the_limit_stays(tokenizer):
@@ -409,8 +464,8 @@ def test_training_texts_finds_every_text():
 def test_real_dialogues(tokenizer):
     rows = read_rows(str(REAL))
     corpus = build_corpus(rows, "sample", tokenizer, DataConfig(max_prompt_tokens=10**6, max_response_tokens=10**6), 0)
-    used = len(corpus.preferences) + len(corpus.eval_preferences)
-    assert len(rows) == 1200 and used == 1196
+    n_used = len(corpus.preferences) + len(corpus.eval_preferences)
+    assert len(rows) == 1200 and n_used == 1196
     assert corpus.notes == ["sample: 4 of 1200 rows dropped: 4 with an empty response"]
     whole = {(row["chosen"], row["rejected"]) for row in rows}
     for row in corpus.preferences + corpus.eval_preferences:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from conftest import random_model, word_counts
 
 from crlhf import evaluate as E
-from crlhf.models import frozen_copy
-from crlhf.runs import stream
-
-from conftest import random_model
+from crlhf.engine.files import stream
+from crlhf.engine.models import frozen_copy
+from crlhf.engine.training import Job
 
 
 def test_wilson_interval_against_textbook_values():
@@ -42,15 +42,20 @@ def test_compare_counts_wins_ties_and_losses():
 
 def test_evaluation_rows_and_kl(policy, tokenizer, monkeypatch):
     prompts = ["the plot was dull .", "i loved the music . i hated the cast .", "i liked the camera ."]
-    length = lambda xs, ys: torch.tensor([float(len(y.split())) for y in ys])
-    rows = E.evaluate_policy(policy, frozen_copy(policy), tokenizer, prompts, {"length": length}, 10, 0, batch_size=2)
+    job = Job("evaluate ppo", None, max_response_tokens=10, sampling_batch_size=2)
+
+    def judged(ref_policy, prompts, **settings):
+        return E.evaluate_policy(policy, ref_policy, tokenizer, prompts, {"length": word_counts}, job, **settings)
+
+    rows = judged(frozen_copy(policy), prompts)
     assert [row["prompt"] for row in rows] == prompts
     for row in rows:
         assert row["length"] == len(row["response"].split()) and row["kl"] == pytest.approx(0.0, abs=1e-4)
-    other = E.evaluate_policy(policy, random_model(tokenizer, 1), tokenizer, prompts * 20, {}, 10, 0)
+    assert rows == judged(frozen_copy(policy), prompts)
+    assert rows != judged(frozen_copy(policy), prompts, temperature=3.0)
+    job.sampling_batch_size = 256
+    other = judged(random_model(tokenizer, 1), prompts * 20)
     assert E.mean_interval(E.column(other, "kl"))[0] > 0.5  # far from another random model
-    again = E.evaluate_policy(policy, frozen_copy(policy), tokenizer, prompts, {"length": length}, 10, 0, batch_size=2)
-    assert rows == again
     monkeypatch.setattr(E, "MOST_LOGITS", 1)  # row by row
-    pieces = E.evaluate_policy(policy, random_model(tokenizer, 1), tokenizer, prompts * 20, {}, 10, 0)
+    pieces = judged(random_model(tokenizer, 1), prompts * 20)
     assert E.column(pieces, "kl").tolist() == pytest.approx(E.column(other, "kl").tolist(), abs=1e-4)

@@ -1,6 +1,5 @@
 """The estimators of the experiments against closed forms, exact enumeration and brute force."""
 
-import csv
 import importlib
 import itertools
 import math
@@ -9,14 +8,15 @@ import pytest
 import torch
 
 from crlhf.config import Config
+from crlhf.engine.files import stream
 from crlhf.experiments import estimators as E
 from crlhf.experiments import harness
-from crlhf.experiments.theorem import report, successes
+from crlhf.experiments.tables import read_csv
+from crlhf.experiments.theorem import report, sample_successes
 from crlhf.policy import generate, response_log_probs
-from crlhf.runs import stream
 
 REWARDS = torch.tensor([[0.0, 3.0], [1.0, 2.0], [-1.0, 0.5]], dtype=torch.float64)  # two responses to each of 3 prompts
-POLICY = torch.tensor([0.3, 0.5, 0.9], dtype=torch.float64)                         # chance of the second one
+POLICY = torch.tensor([0.3, 0.5, 0.9], dtype=torch.float64)  # chance of the second one
 REFERENCE = torch.tensor([0.6, 0.2, 0.5], dtype=torch.float64)
 
 
@@ -26,7 +26,14 @@ def moments(chance):
     return mean, chance * (1 - chance) * (REWARDS[:, 1] - REWARDS[:, 0]) ** 2
 
 
-def samples(chance, m):
+def exact_parts():
+    """The terms of the law, by name."""
+    (m_pi, s2_pi), (m_ref, s2_ref) = moments(POLICY), moments(REFERENCE)
+    parts = {"between": m_pi.var(), "within": s2_pi.mean(), "between_ref": m_ref.var(), "within_ref": s2_ref.mean()}
+    return {name: value.item() for name, value in parts.items()} | {"moved": (m_pi - m_ref).var().item()}
+
+
+def all_samples(chance, m):
     """Every way in which m responses to each prompt can come out: (probability, (3, m) rewards)."""
     for picks in itertools.product((0, 1), repeat=3 * m):
         picks = torch.tensor(picks).view(3, m)
@@ -36,34 +43,35 @@ def samples(chance, m):
 
 def expectation(function, m, k):
     """Exact mean of function(r, b) over all samples of m responses and k baselines."""
-    baselines = list(samples(REFERENCE, k))
-    return sum(p * q * torch.tensor(function(r, b), dtype=torch.float64)
-               for p, r in samples(POLICY, m) for q, b in baselines)
+    baselines = list(all_samples(REFERENCE, k))
+    total = 0.0
+    for p, r in all_samples(POLICY, m):
+        for q, b in baselines:
+            total = total + p * q * torch.tensor(function(r, b), dtype=torch.float64)
+    return total
 
 
 def test_components_of_the_variance_law_are_unbiased():
-    (m_pi, s2_pi), (m_ref, s2_ref) = moments(POLICY), moments(REFERENCE)
     found = expectation(lambda r, b: list(E.components(r, b).values()), 2, 2)
     names = list(E.components(REWARDS, REWARDS))
-    exact = {"between": m_pi.var(), "within": s2_pi.mean(), "between_ref": m_ref.var(), "within_ref": s2_ref.mean(),
-             "moved": (m_pi - m_ref).var()}
-    assert dict(zip(names, found.tolist())) == pytest.approx({name: value.item() for name, value in exact.items()})
+    assert dict(zip(names, found.tolist())) == pytest.approx(exact_parts())
 
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_the_law_is_the_expected_variance_of_a_batch(k):
     """The points that the experiment measures have the law's terms as their expectation."""
-    (m_pi, s2_pi), (m_ref, s2_ref) = moments(POLICY), moments(REFERENCE)
-    exact = {"between": m_pi.var(), "within": s2_pi.mean(), "between_ref": m_ref.var(), "within_ref": s2_ref.mean(),
-             "moved": (m_pi - m_ref).var()}
     measured = expectation(lambda r, b: E.batch_variance(r - E.windows(b, k)), 2, 2).item()
-    assert measured == pytest.approx(E.law(exact, k).item())
-    assert E.covariance(exact).item() == pytest.approx(torch.cov(torch.stack([m_pi, m_ref]))[0, 1].item())
+    assert measured == pytest.approx(E.law(exact_parts(), k))
+    means = torch.stack([moments(POLICY)[0], moments(REFERENCE)[0]])
+    assert E.covariance(exact_parts()) == pytest.approx(torch.cov(means)[0, 1].item())
 
 
 def test_best_share_has_the_least_variance():
     parts = {"between": 1.0, "between_ref": 2.0, "moved": 0.8, "within": 0.5, "within_ref": 1.2}
-    variance = lambda c: parts["between"] + parts["within"] - 2 * c * E.covariance(parts) + c * c * (2.0 + 1.2 / 3)
+
+    def variance(c):
+        return parts["between"] + parts["within"] - 2 * c * E.covariance(parts) + c * c * (2.0 + 1.2 / 3)
+
     best = E.best_share(parts, 3)
     assert 0 < best < 1 and variance(best) < min(variance(best - 0.01), variance(best + 0.01))
     assert variance(1.0) == pytest.approx(E.law(parts, 3))
@@ -78,8 +86,8 @@ def test_windows_never_hold_the_response_itself():
 @pytest.fixture
 def scored(policy, tokenizer):
     """A tiny policy, 20 responses, two kinds of advantages, and the gradient of each response: (20, P)."""
-    _, _, batch = generate(policy, tokenizer, ["the plot was dull .", "i loved the cast ."], 8,
-                           generator=stream(0, "scores"), k=10)
+    prompts = ["the plot was dull .", "i loved the cast ."]
+    _, _, batch = generate(policy, tokenizer, prompts, 8, generator=stream(0, "scores"), k=10)
     A = torch.randn(2, 20, generator=stream(0, "advantages"))
     scores = []
     for i in range(20):
@@ -136,32 +144,44 @@ def test_gradient_shares():
 
 
 def test_reports_follow_their_error_rates():
-    draw = stream(0, "reports")
-    clean = successes(torch.tensor([[0.0], [1.0]]).repeat_interleave(2000, 0), draw)
-    told = report(clean, 0.3, torch.tensor([[0.1]]), draw).mean(1)
+    generator = stream(0, "reports")
+    clean = sample_successes(torch.tensor([[0.0], [1.0]]).repeat_interleave(2000, 0), generator)
+    told = report(clean, 0.3, torch.tensor([[0.1]]), generator).mean(1)
     assert told[:2000].mean() == pytest.approx(0.3, abs=0.01) and told[2000:].mean() == pytest.approx(0.9, abs=0.01)
+
+
+def tiny_config():
+    config = Config()
+    config.world.demonstrations, config.world.train_prompts, config.world.eval_prompts = 128, 16, 12
+    config.model.width, config.model.heads, config.model.layers = 16, 2, 1
+    config.world.pairs, config.sft.epochs, config.reward.epochs = 60, 1.0, 1.0
+    config.ppo.iterations, config.ppo.batch_size, config.baselines.k = 3, 8, 2
+    return config
+
+
+def run_in_order(jobs, title):
+    for function, *arguments in jobs:
+        function(*arguments)
+
+
+def refuse_jobs(jobs, title):
+    if jobs:
+        pytest.fail("done again")
 
 
 @pytest.fixture
 def small_world(monkeypatch):
     """The experiments on a world so small that they take seconds, in this process. Returns their modules."""
-    def tiny_config():
-        config = Config()
-        config.world.demonstrations, config.world.train_prompts, config.world.eval_prompts = 128, 16, 12
-        config.model.width, config.model.heads, config.model.layers = 16, 2, 1
-        config.world.pairs, config.sft.epochs, config.reward.epochs = 60, 1.0, 1.0
-        config.ppo.iterations, config.ppo.batch_size, config.baselines.k = 3, 8, 2
-        return config
-
-    names = ("variance", "difficulty", "theorem")  # their functions have their modules' names
-    modules = {name: importlib.import_module(f"crlhf.experiments.{name}") for name in names}
-    in_order = lambda jobs, title: [function(*arguments) for function, *arguments in jobs]
+    changes = {
+        "variance": {"EARLY": (2,), "SAMPLES": 6, "KS": (1, 4), "SCORED": 1},
+        "difficulty": {"EARLY": (2,), "SAMPLES": 2},
+        "theorem": {"RATES": (0.0, 0.5)},
+    }
+    modules = {name: importlib.import_module(f"crlhf.experiments.{name}") for name in changes}  # not their functions
     monkeypatch.setattr(harness, "Config", tiny_config)
-    for module in (harness, modules["variance"]):
-        monkeypatch.setattr(module, "run_jobs", in_order)
-    for name, changes in {"variance": {"EARLY": (2,), "SAMPLES": 6, "KS": (1, 4), "SCORED": 1},
-                          "difficulty": {"EARLY": (2,), "SAMPLES": 2}, "theorem": {"RATES": (0.0, 0.5)}}.items():
-        for constant, value in changes.items():
+    monkeypatch.setattr(harness, "run_jobs", run_in_order)
+    for name, constants in changes.items():
+        for constant, value in constants.items():
             monkeypatch.setattr(modules[name], constant, value)
     return modules
 
@@ -169,11 +189,9 @@ def small_world(monkeypatch):
 def test_experiments_write_csv_figure_and_table_and_measure_once(small_world, tmp_path, monkeypatch):
     for name, module in small_world.items():
         text = getattr(module, name)(tmp_path / "runs", tmp_path, (0, 1))
-        rows = list(csv.DictReader(open(tmp_path / f"{name}.csv")))
-        assert rows and {row["seed"] for row in rows} == {"0", "1"} and "| --- |" in text
-        assert (tmp_path / f"{name}.png").exists() and getattr(module, name).__doc__.count("Prediction") == 1
-    for module in (harness, small_world["variance"]):
-        monkeypatch.setattr(module, "run_jobs", lambda jobs, title: pytest.fail("done again") if jobs else None)
+        assert {row["seed"] for row in read_csv(tmp_path / f"{name}.csv")} == {"0", "1"} and "| --- |" in text
+        assert (tmp_path / f"{name}.png").exists()
+    monkeypatch.setattr(harness, "run_jobs", refuse_jobs)
     assert small_world["variance"].variance(tmp_path / "runs", tmp_path, (0, 1))
     stale = tmp_path / "runs" / "seed1" / "variance.json"  # measured on runs that have changed since
     stale.write_text(stale.read_text().replace('"no constant"', '"another setting"'))

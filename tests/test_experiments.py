@@ -2,21 +2,33 @@
 
 import csv
 import importlib
+import io
 import json
+import sys
 
 import pytest
 
-from crlhf import experiments, runs
-from crlhf.config import Config, UserError, from_dict
-from crlhf.experiments import choices, critics, hacking, improvement
+from crlhf import experiments
+from crlhf.config import Config, UserError
+from crlhf.engine.files import Progress
+from crlhf.experiments import choices, critics, hacking, improvement, tables
 from crlhf.experiments import harness as H
+from crlhf.pipeline.options import from_dict
 from crlhf.reviews import EXPLOIT
 
 # the functions of these two have their modules' names
 noise, sweep = (importlib.import_module(f"crlhf.experiments.{name}") for name in ("noise", "sweep"))
 
-TINY = {"world.demonstrations": 128, "world.train_prompts": 16, "world.eval_prompts": 12, "model.width": 16,
-        "model.heads": 2, "model.layers": 1, "sft.epochs": 1.0, "reward.epochs": 1.0}
+TINY = {
+    "world.demonstrations": 128,
+    "world.train_prompts": 16,
+    "world.eval_prompts": 12,
+    "model.width": 16,
+    "model.heads": 2,
+    "model.layers": 1,
+    "sft.epochs": 1.0,
+    "reward.epochs": 1.0,
+}
 SMALL = {**TINY, "ppo.iterations": 2, "ppo.batch_size": 8, "baselines.k": 2}
 
 
@@ -49,34 +61,35 @@ def test_variants_of_a_seed_share_everything_before_the_baselines(tmp_path):
 
 
 def finals():
-    rows = []
+    rows, others = [], {"reward": 0.0, "kl": 2.0, "win": 0.5, "tie": 0.25, "loss": 0.25}
     for seed, (plain, contrastive) in enumerate([(0.0, 0.3), (1.0, 1.2), (-1.0, -0.9)]):
         for method, gold in (("ppo", plain), ("contrastive", contrastive)):
-            rows.append({"setting": "here", "method": method, "seed": seed, "gold": gold, "reward": 0.0, "kl": 2.0,
-                         "win": 0.5, "tie": 0.25, "loss": 0.25})
+            rows.append({"setting": "here", "method": method, "seed": seed, "gold": gold, **others})
     return rows
 
 
 def test_differences_are_paired_by_seed():
     """Seeds differ far more than methods do: only pairing finds the difference of 0.2."""
-    mean, half = H.difference(finals(), "here", "contrastive")
+    mean, half = tables.difference(finals(), "here", "contrastive")
     assert mean == pytest.approx(0.2) and half < 0.3
-    line = next(line for line in H.table(finals(), "where").splitlines() if "| contrastive |" in line)
+    line = next(line for line in tables.table(finals(), "where").splitlines() if "| contrastive |" in line)
     assert "+0.200 ± 0.2" in line and "0.200 ± 2." in line and "50% / 25% / 25%" in line
-    assert H.values(finals()[::-1], "here", "ppo") == [0.0, 1.0, -1.0]  # by seed, whatever the order of the rows
+    assert tables.values(finals()[::-1], "here", "ppo") == [0.0, 1.0, -1.0]  # by seed, whatever the order of the rows
 
 
 def test_csv_keeps_four_digits(tmp_path):
-    H.write_csv(tmp_path / "x.csv", [{"a": 1 / 3, "b": "x"}])
+    tables.write_csv(tmp_path / "x.csv", [{"a": 1 / 3, "b": "x"}])
     assert list(csv.DictReader(open(tmp_path / "x.csv"))) == [{"a": "0.3333", "b": "x"}]
 
 
 def test_workers_hide_their_bars(monkeypatch):
-    monkeypatch.setattr(runs, "tqdm", lambda **arguments: arguments)
-    monkeypatch.setattr(runs, "show_progress", True)
-    assert runs.progress(1, "a")["disable"] is None  # a terminal shows it
-    runs.hide_progress()
-    assert runs.progress(1, "a")["disable"] is True
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(Progress, "hidden", None)
+    assert not Progress(1, "a").disable  # a terminal shows it
+    H.hide_progress()
+    assert Progress(1, "a").disable
 
 
 def test_unknown_experiment_is_named():
@@ -96,36 +109,65 @@ def tiny_config():
 @pytest.fixture
 def small_world(monkeypatch):
     """Every experiment on a world and a grid so small that it takes seconds, in this process."""
-    in_order = lambda jobs, title: [function(*arguments) for function, *arguments in jobs]
-    for module, changes in (
-            (H, {"Config": tiny_config, "run_jobs": in_order}), (critics, {"Config": tiny_config, "CRITICS": ("reward_model", "none")}),
-            (hacking, {"run_jobs": in_order}), (choices, {"KS": (1, 4), "SAMPLING": {"T 1": (1.0, 1.0), "p": (1.0, 0.8)}}),
-            (improvement, {"KL_COEFS": (0.05, 0.5), "BETAS": (0.03, 1.0)}),
-            (sweep, {"RATES": (1e-3,), "KL_COEFS": (0.02, 0.05), "DPO_RATES": (1e-3,), "BETAS": (0.1,)}),
-            (noise, {"AXES": {axis: dict(list(points.items())[:2]) for axis, points in noise.AXES.items()}})):
-        for name, value in changes.items():
+    changes = {
+        H: {"Config": tiny_config, "run_jobs": run_in_order},
+        hacking: {"run_jobs": run_in_order},
+        critics: {"CRITICS": ("reward_model", "none")},
+        choices: {"KS": (1, 4), "SAMPLING": {"T 1": (1.0, 1.0), "p": (1.0, 0.8)}},
+        improvement: {"KL_COEFS": (0.05, 0.5), "BETAS": (0.03, 1.0)},
+        sweep: {"RATES": (1e-3,), "KL_COEFS": (0.02, 0.05), "DPO_RATES": (1e-3,), "BETAS": (0.1,)},
+        noise: {"AXES": {axis: dict(list(points.items())[:2]) for axis, points in noise.AXES.items()}},
+    }
+    for module, constants in changes.items():
+        for name, value in constants.items():
             monkeypatch.setattr(module, name, value)
 
 
-def test_every_experiment_runs_writes_its_csv_and_draws(small_world, tmp_path):
+def run_in_order(jobs, title):
+    for function, *arguments in jobs:
+        function(*arguments)
+
+
+def test_every_experiment_runs_writes_its_csv_and_plots(small_world, tmp_path):
     """`limits` comes last and reads the CSVs of the others."""
-    for name in ("sweep", "compare", "noise", "critic", "samples", "online", "sampling", "frontier", "adversary", "scale",
-                 "overoptimisation", "limits"):
+    names = "sweep compare noise critic samples online sampling frontier adversary scale overoptimisation"
+    for name in names.split():
         text = experiments.EXPERIMENTS[name](tmp_path / "runs", tmp_path, (0, 1))
-        rows = list(csv.DictReader(open(tmp_path / f"{name}.csv")))
-        assert rows and (name == "limits" or "| --- |" in text)
-        assert name == "limits" or {row["seed"] for row in rows} == {"0", "1"} and (tmp_path / f"{name}.png").exists()
-        assert experiments.EXPERIMENTS[name].__doc__.count("Prediction") == 1
+        rows = tables.read_csv(tmp_path / f"{name}.csv")
+        assert {row["seed"] for row in rows} == {"0", "1"} and "| --- |" in text
+        assert (tmp_path / f"{name}.png").exists()
+    assert "comparisons with plain PPO" in experiments.EXPERIMENTS["limits"](tmp_path / "runs", tmp_path)
+    assert tables.read_csv(tmp_path / "limits.csv")
+
+
+def test_every_experiment_states_its_prediction():
+    for function in experiments.EXPERIMENTS.values():
+        assert function.__doc__.count("Prediction") == 1
+
+
+def write_sweep(folder, golds):
+    """A sweep.csv with two seeds. golds: (setting, method) -> gold of each seed."""
+    rows = []
+    for (setting, method), pair in golds.items():
+        rows += [{"setting": setting, "method": method, "seed": seed, "gold": gold} for seed, gold in enumerate(pair)]
+    tables.write_csv(folder / "sweep.csv", rows)
 
 
 def test_tuned_takes_the_best_mean_of_the_sweep(tmp_path):
-    golds = {("lr 0.001, kl 0.05", "ppo"): (0.0, 0.5), ("lr 0.002, kl 0.02", "ppo"): (0.2, 0.2),
-             ("lr 0.004, kl 0.1", "adaptive"): (1.0, 1.0), ("lr 0.003, beta 0.1", "dpo"): (0.0, 0.0)}
-    H.write_csv(tmp_path / "sweep.csv", [{"setting": setting, "method": method, "seed": seed, "gold": gold}
-                                         for (setting, method), pair in golds.items() for seed, gold in enumerate(pair)])
+    golds = {("lr 0.001, kl 0.05", "ppo"): (0.0, 0.5), ("lr 0.002, kl 0.02", "ppo"): (0.2, 0.2)}
+    golds |= {("lr 0.0005, kl 0.01", "adaptive"): (1.0, 1.0), ("lr 0.003, beta 0.1", "dpo"): (0.0, 0.0)}
+    write_sweep(tmp_path, golds)
     assert sweep.tuned(tmp_path, "ppo") == {"ppo.lr": 0.001, "ppo.critic_lr": 0.001, "ppo.kl_coef": 0.05}
-    assert sweep.tuned(tmp_path, "adaptive") == {"ppo.lr": 0.004, "ppo.critic_lr": 0.004, "ppo.kl_coef": 0.1}
+    assert sweep.tuned(tmp_path, "adaptive") == {"ppo.lr": 0.0005, "ppo.critic_lr": 0.0005, "ppo.kl_coef": 0.01}
     assert sweep.tuned(tmp_path, "dpo") == {"dpo.lr": 0.003, "dpo.beta": 0.1}
+
+
+def test_a_sweep_that_is_missing_or_of_another_grid_is_named(tmp_path):
+    with pytest.raises(UserError, match="sweep.csv is missing: run 'python -m crlhf experiment sweep' first"):
+        sweep.tuned(tmp_path, "ppo")
+    write_sweep(tmp_path, {("lr 7, kl 0.05", "ppo"): (0.0, 0.5)})
+    with pytest.raises(UserError, match="holds 'lr 7, kl 0.05', which is no setting of the sweep"):
+        sweep.tuned(tmp_path, "ppo")
 
 
 def test_edited_baselines_hold_the_phrase_or_do_not():
@@ -146,13 +188,15 @@ def test_gold_at_a_kl_is_interpolated_and_never_extrapolated():
 def test_a_scaled_base_scales_every_score(small_world, tmp_path):
     H.prepare_bases(tmp_path, [0], [{}])
     choices.scaled_base(tmp_path / "seed0", 10.0)
-    rewards = [silent_reward(tmp_path / "seed0" / base)(["the plot was dull ."], ["i loved the cast ."])
-               for base in ("base", choices.scaled_name(10.0))]
+    rewards = [
+        silent_reward(tmp_path / "seed0" / base)(["the plot was dull ."], ["i loved the cast ."])
+        for base in ("base", choices.scaled_name(10.0))
+    ]
     assert rewards[1].item() == pytest.approx(10 * rewards[0].item(), rel=1e-4) and rewards[0].item() != 0
 
 
 def silent_reward(base):
-    return H.silent_pipeline(H.configured(base, 0, "contrastive", {}), None).reward_callable("train")
+    return H.silent_pipeline(H.configured(base, 0, "contrastive", {})).reward_callable("train")
 
 
 def test_gold_within_a_time_is_that_of_the_last_rollouts_then():

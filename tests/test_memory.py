@@ -2,17 +2,18 @@
 
 import pytest
 import torch
+from conftest import kept_for_backward
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
-from crlhf.memory import configs, count_parameters, training_bytes
-from crlhf.models import recompute_activations
-from crlhf.policy import Batch
-
-from test_policy import kept_for_backward
+from crlhf.bench.memory import configs, count_parameters, training_bytes
+from crlhf.engine.forward import recompute_activations
+from crlhf.engine.text import Batch
 
 
-@pytest.mark.parametrize("name, published", [("gpt2", 124_439_808), ("HuggingFaceTB/SmolLM2-135M", 134_515_008),
-                                             ("Qwen/Qwen2.5-0.5B", 494_032_768)])
+@pytest.mark.parametrize(
+    "name, published",
+    [("gpt2", 124_439_808), ("HuggingFaceTB/SmolLM2-135M", 134_515_008), ("Qwen/Qwen2.5-0.5B", 494_032_768)],
+)
 def test_parameter_counts_are_the_published_ones(name, published):
     assert count_parameters(configs()[name]) == published
 
@@ -38,13 +39,18 @@ SMALL = {"hidden_size": 64, "vocab_size": 40, "num_attention_heads": 4, "initial
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("kind", [lambda layers: GPT2Config(n_positions=64, num_hidden_layers=layers,
-                                                            activation_function="gelu_pytorch_tanh", **SMALL),
-                                  lambda layers: Qwen2Config(num_hidden_layers=layers, intermediate_size=192,
-                                                             num_key_value_heads=4, **SMALL)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda layers: GPT2Config(
+            n_positions=64, num_hidden_layers=layers, activation_function="gelu_pytorch_tanh", **SMALL
+        ),
+        lambda layers: Qwen2Config(num_hidden_layers=layers, intermediate_size=192, num_key_value_heads=4, **SMALL),
+    ],
+)
 def test_a_layer_of_a_real_forward_pass_keeps_what_is_counted(kind, recompute, monkeypatch):
     """In bf16, as on a GPU. A layer's part is the difference of two depths; copies of weights are counted apart."""
-    monkeypatch.setattr("crlhf.policy.autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr("crlhf.engine.forward.autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
     ids = torch.randint(40, (4, 32))
     batch, kept, counted = Batch(ids, ids >= 0, ids, ids >= 0), [], []
     for layers in (2, 6):

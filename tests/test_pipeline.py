@@ -2,29 +2,44 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from datasets import load_dataset
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from crlhf.__main__ import main
 
-SMALL = ("--demonstrations 1200 --pairs 150 --train-prompts 64 --eval-prompts 48 --model-width 32 --model-layers 1 "
-         "--sft-epochs 3 --sft-lr 5e-3 --reward-epochs 2 --ppo-iterations 12 --ppo-batch-size 32 --ppo-lr 4e-3 "
-         "--ppo-critic-lr 4e-3 --threads 1 --device cpu").split()
+SMALL = (
+    "--demonstrations 1200 --pairs 150 --train-prompts 64 --eval-prompts 48 --model-width 32 --model-layers 1 "
+    "--sft-epochs 3 --sft-lr 5e-3 --reward-epochs 2 --ppo-iterations 12 --ppo-batch-size 32 --ppo-lr 4e-3 "
+    "--ppo-critic-lr 4e-3 --threads 1 --device cpu"
+).split()
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run in which PPO sees the gold score, with all four methods."""
     out = tmp_path_factory.mktemp("run") / "gold"
-    arguments = [*SMALL, "--out", str(out), "--methods", "ppo,contrastive,adaptive,dpo", "--reward", "gold",
-                 "--ppo-critic", "zero_head", "--prompt-bias", "0"]
+    arguments = [
+        *SMALL,
+        "--out",
+        str(out),
+        "--methods",
+        "ppo,contrastive,adaptive,dpo",
+        "--reward",
+        "gold",
+        "--ppo-critic",
+        "zero_head",
+        "--prompt-bias",
+        "0",
+    ]
     assert main(arguments) == 0
     return out, arguments
 
@@ -47,18 +62,28 @@ def test_artefacts_are_what_the_ecosystem_loads(finished, tmp_path):
     for stage in ("sft", "ppo", "contrastive", "adaptive", "dpo"):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(out / stage), AutoTokenizer.from_pretrained(out / stage)
         assert model.config.vocab_size == len(tokenizer)
-    baselines = load_dataset("json", data_files=str(out / "baselines" / "baselines.jsonl"), split="train",
-                             cache_dir=str(tmp_path))
+    baselines = load_dataset(
+        "json", data_files=str(out / "baselines" / "baselines.jsonl"), split="train", cache_dir=str(tmp_path)
+    )
     assert len(baselines) == 64 and all(len(rewards) == 4 for rewards in baselines["rewards"])
     assert not list(out.rglob("*.bin")) and not list(out.rglob("*.tmp")) and not list(out.glob("*.part"))
-    assert not list(out.rglob("checkpoint.safetensors"))
+    assert not list(out.rglob("checkpoint.pt"))
 
 
 def test_the_report_holds_table_samples_and_figures(finished):
     out, _ = finished
     report = (out / "report.md").read_text()
-    for words in ("plain PPO", "contrastive PPO", "adaptive", "DPO", "vs SFT: win / tie / loss",
-                  "vs plain PPO: win / tie / loss", "±", "% [", "```text\nprompt: "):
+    for words in (
+        "plain PPO",
+        "contrastive PPO",
+        "adaptive",
+        "DPO",
+        "vs SFT: win / tie / loss",
+        "vs plain PPO: win / tie / loss",
+        "±",
+        "% [",
+        "```text\nprompt: ",
+    ):
         assert words in report
     for name in ("learning", "variance", "difficulty"):
         assert f"(figures/{name}.png)" in report and (out / "figures" / f"{name}.png").stat().st_size > 10_000
@@ -93,12 +118,32 @@ def test_a_stage_runs_alone_with_what_it_needs(tmp_path, capsys):
     assert {"labels", "gold", "gold, easy", "gold, hard"} <= set(report)
 
 
+def test_recomputed_activations_give_the_same_run(finished, tmp_path, monkeypatch):
+    """Policy and critic keep less for the backward pass; the first iteration's numbers stay."""
+    out, arguments = finished
+    shutil.copytree(out, tmp_path / "run")
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return checkpoint(*args, **kwargs)
+
+    monkeypatch.setattr("crlhf.engine.forward.checkpoint", counted)
+    knobs = ["--out", str(tmp_path / "run"), "--ppo-recompute-activations", "true", "--redo"]
+    assert main(["ppo", *arguments, *knobs]) == 0 and calls
+    before, after = (lines(folder / "ppo" / "metrics.jsonl")[0] for folder in (out, tmp_path / "run"))
+    for name in ("gold", "kl", "response_length", "policy_loss", "value_loss", "grad_norm", "critic_grad_norm"):
+        assert after[name] == pytest.approx(before[name], rel=1e-3, abs=1e-5), name
+
+
 # -------------------------------------------------------------------------------------------------- resume
 
-QUICK = ("--demonstrations 500 --pairs 200 --train-prompts 32 --eval-prompts 16 --model-width 16 --model-heads 2 "
-         "--model-layers 1 --sft-epochs 3 --reward-epochs 6 --ppo-iterations 14 --ppo-batch-size 16 --dpo-epochs 6 "
-         "--methods ppo,adaptive,dpo --contrastive-scale std --contrastive-refresh 4 --threads 1 --device cpu "
-         "--checkpoint-seconds 0").split()
+QUICK = (
+    "--demonstrations 500 --pairs 200 --train-prompts 32 --eval-prompts 16 --model-width 16 --model-heads 2 "
+    "--model-layers 1 --sft-epochs 3 --reward-epochs 6 --ppo-iterations 14 --ppo-batch-size 16 --dpo-epochs 6 "
+    "--methods ppo,adaptive,dpo --contrastive-scale std --contrastive-refresh 4 --threads 1 --device cpu "
+    "--checkpoint-seconds 0"
+).split()
 
 
 def command(out):
@@ -117,10 +162,10 @@ def results(out):
 def kill_in(stage, out, environment):
     """Start the run, SIGKILL it once `stage` has written two checkpoints, and say whether it was alive then."""
     process = subprocess.Popen(command(out), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint, seen, deadline = out / f"{stage}.part" / "checkpoint.safetensors", set(), time.monotonic() + 120
+    file, seen, deadline = out / f"{stage}.part" / "checkpoint.pt", set(), time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            seen.add(checkpoint.stat().st_mtime_ns)
+            seen.add(file.stat().st_mtime_ns)
         except FileNotFoundError:
             pass
         if len(seen) >= 2:
@@ -131,12 +176,12 @@ def kill_in(stage, out, environment):
 
 
 def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(whole), env=environment, check=True, stdout=subprocess.DEVNULL)
     for stage in ("sft", "reward", "ppo", "adaptive", "dpo"):
         assert kill_in(stage, killed, environment), f"the run ended before it could be killed in {stage}"
-        assert (killed / f"{stage}.part" / "checkpoint.safetensors").exists()
+        assert (killed / f"{stage}.part" / "checkpoint.pt").exists()
     last = subprocess.run(command(killed), env=environment, check=True, capture_output=True, text=True)
     assert "dpo: going on from a checkpoint" in last.stdout
     one, other = results(whole), results(killed)

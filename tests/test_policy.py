@@ -4,16 +4,24 @@ import math
 
 import pytest
 import torch
+from conftest import kept_for_backward
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
-from crlhf import fast, graph, models as M, policy as P
-from crlhf.runs import stream
+from crlhf import policy as P
+from crlhf.engine import forward
+from crlhf.engine.files import stream
+from crlhf.engine.models import save, scalar_model
+from crlhf.engine.text import Batch, decode, ended, make_batch, pad_prompts, positions
 
-PROMPTS = ["the plot was dull .", "i loved the music . i hated the cast . the script was good .", "i liked the camera ."]
+PROMPTS = [
+    "the plot was dull .",
+    "i loved the music . i hated the cast . the script was good .",
+    "i liked the camera .",
+]
 RESPONSES = ["the cast was weak .", "i liked the acting and the story was nice .", "."]
 
 
-def draw(model, ids, mask, n_tokens, generator, eos_id, pad_id, **settings):
+def sample_tokens(model, ids, mask, n_tokens, generator, eos_id, pad_id, **settings):
     """`sample` with uniforms from a generator."""
     uniforms = torch.rand(len(ids), n_tokens, generator=generator)
     return P.sample(model, ids, mask, uniforms, eos_id, pad_id, **settings)
@@ -21,9 +29,18 @@ def draw(model, ids, mask, n_tokens, generator, eos_id, pad_id, **settings):
 
 def llama(tokenizer):
     """A modern architecture (rotary positions, grouped heads), to which the lean path does not apply."""
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=96,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=0.3)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=96,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.3,
+    )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -39,12 +56,13 @@ def plain_log_probs(model, tokenizer, prompt, response):
     response_ids = tokenizer(response)["input_ids"] + [tokenizer.eos_token_id]
     with torch.no_grad():
         logits = model(torch.tensor([prompt_ids + response_ids])).logits[0]
-    return [logits[len(prompt_ids) - 1 + t].double().log_softmax(-1)[token].item()
-            for t, token in enumerate(response_ids)]
+    return [
+        logits[len(prompt_ids) - 1 + t].double().log_softmax(-1)[token].item() for t, token in enumerate(response_ids)
+    ]
 
 
 def test_left_padded_log_probs_equal_each_row_alone(model, tokenizer):
-    batch = P.make_batch(tokenizer, PROMPTS, RESPONSES, 24)
+    batch = make_batch(tokenizer, PROMPTS, RESPONSES, 24)
     log_probs = P.response_log_probs(model, batch)
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
         alone = plain_log_probs(model, tokenizer, prompt, response)
@@ -52,12 +70,12 @@ def test_left_padded_log_probs_equal_each_row_alone(model, tokenizer):
 
 
 def test_left_padded_values_equal_each_row_alone(model, tokenizer, tmp_path):
-    M.save(tmp_path, model, tokenizer)
-    critic = M.scalar_model(str(tmp_path), tokenizer.pad_token_id)
+    save(tmp_path, model, tokenizer)
+    critic = scalar_model(str(tmp_path), tokenizer.pad_token_id)
     torch.nn.init.normal_(critic.score.weight, generator=stream(0, "head"))
-    batch = P.make_batch(tokenizer, PROMPTS, RESPONSES, 24)
+    batch = make_batch(tokenizer, PROMPTS, RESPONSES, 24)
     values = P.response_values(critic, batch)
-    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
+    for row, prompt in enumerate(PROMPTS):
         prompt_ids = tokenizer(prompt)["input_ids"]
         n = int(batch.response_mask[row].sum())
         for t in range(n):  # V before token t is the library's score of everything up to it
@@ -67,10 +85,11 @@ def test_left_padded_values_equal_each_row_alone(model, tokenizer, tmp_path):
 
 
 def test_lean_forward_and_its_gradients_equal_the_library(policy, tokenizer, monkeypatch):
-    batch, results = P.make_batch(tokenizer, PROMPTS, RESPONSES, 24), []
-    assert fast.supports(policy)
-    for lean in (True, False):
-        monkeypatch.setattr(fast, "supports", lambda model: lean)
+    batch, results = make_batch(tokenizer, PROMPTS, RESPONSES, 24), []
+    assert forward.is_lean(policy)
+    for path in ("lean", "library"):
+        if path == "library":
+            monkeypatch.setattr(forward, "is_lean", lambda model: False)
         log_probs = P.response_log_probs(policy, batch) * batch.response_mask
         policy.zero_grad()
         log_probs.sum().backward()
@@ -79,43 +98,47 @@ def test_lean_forward_and_its_gradients_equal_the_library(policy, tokenizer, mon
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def kept_for_backward(model, batch):
-    """Gradients of the sum of log-probs, and the bytes of memory, weights aside, that the forward pass keeps."""
-    weights, kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, {}
-
-    def keep(tensor):
-        memory = tensor.untyped_storage()
-        kept[memory.data_ptr()] = 0 if memory.data_ptr() in weights else memory.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        total = (P.response_log_probs(model, batch) * batch.response_mask).sum()
-    model.zero_grad()
-    total.backward()
-    return [parameter.grad.clone() for parameter in model.parameters()], sum(kept.values())
+def test_values_scores_and_samples_of_the_lean_path_equal_the_librarys(policy, tokenizer, tmp_path, monkeypatch):
+    save(tmp_path, policy, tokenizer)
+    scalar = scalar_model(str(tmp_path), tokenizer.pad_token_id)
+    torch.nn.init.normal_(scalar.score.weight, generator=stream(0, "head"))
+    batch = make_batch(tokenizer, PROMPTS, RESPONSES, 24)
+    sequences = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    uniforms, results = torch.rand(6, 12, generator=stream(0, "seam")), []
+    assert forward.is_lean(scalar)
+    for path in ("lean", "library"):
+        if path == "library":
+            monkeypatch.setattr(forward, "is_lean", lambda model: False)
+        values = P.response_values(scalar, batch)[batch.response_mask]
+        scores = forward.sequence_logits(scalar, sequences, tokenizer.pad_token_id)
+        response_ids, _ = P.sample(policy, batch.prompt_ids, batch.prompt_mask, uniforms, tokenizer.eos_token_id, 0)
+        results.append((values, scores, response_ids))
+    for ours, theirs in zip(*results):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_recomputed_activations_give_the_same_gradients_and_keep_less(model, tokenizer):
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.5  # it must not wake up
-    batch = P.make_batch(tokenizer, PROMPTS, RESPONSES, 24)
+    batch = make_batch(tokenizer, PROMPTS, RESPONSES, 24)
     plain, kept = kept_for_backward(model, batch)
-    drawn = lambda: draw(model, batch.prompt_ids, batch.prompt_mask, 8, stream(0, "again"), 99, 0)[0]
-    sampled = drawn()
-    M.recompute_activations(model)
+    arguments = batch.prompt_ids, batch.prompt_mask, torch.rand(3, 8, generator=stream(0, "again")), 99, 0
+    sampled, _ = P.sample(model, *arguments)
+    forward.recompute_activations(model)
     again, kept_again = kept_for_backward(model, batch)
     for ours, expected in zip(again, plain):
         assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-6)
     assert kept_again < 0.6 * kept, (kept_again, kept)
-    assert torch.equal(drawn(), sampled)
+    assert torch.equal(P.sample(model, *arguments)[0], sampled)
 
 
 def test_cached_sampling_draws_from_the_log_probs_it_reports(model, tokenizer):
     """Greedy-like sampling at a tiny temperature must take the argmax of the uncached forward, with padding."""
-    ids, mask = P.pad_prompts(tokenizer, PROMPTS)
-    response_ids, response_mask = draw(model, ids, mask, 12, stream(0, "greedy"),
-                                       tokenizer.eos_token_id, tokenizer.pad_token_id, temperature=1e-3)
+    ids, mask = pad_prompts(tokenizer, PROMPTS)
+    response_ids, response_mask = sample_tokens(
+        model, ids, mask, 12, stream(0, "greedy"), tokenizer.eos_token_id, tokenizer.pad_token_id, temperature=1e-3
+    )
     for row, prompt in enumerate(PROMPTS):
         prefix = tokenizer(prompt)["input_ids"]
         for token in response_ids[row][response_mask[row]].tolist():
@@ -127,28 +150,35 @@ def test_cached_sampling_draws_from_the_log_probs_it_reports(model, tokenizer):
             prefix = prefix + [token]
 
 
-def test_cached_steps_give_the_librarys_logits(policy, tokenizer):
+def test_cached_steps_give_the_librarys_logits(model, tokenizer):
     """Token by token through the cache, with left padding, as one uncached pass of the library."""
-    batch = P.make_batch(tokenizer, PROMPTS, RESPONSES, 24)
+    batch = make_batch(tokenizer, PROMPTS, RESPONSES, 24)
     ids, mask = batch.ids_and_mask()
     n, T = batch.prompt_ids.shape[1], batch.response_ids.shape[1]
-    cache, position = fast.Cache(policy, len(ids), ids.shape[1], ids.device), P.positions(mask)
     with torch.no_grad():
-        expected = policy(input_ids=ids, attention_mask=mask.long(), position_ids=position).logits
-        steps = [P.next_logits(policy, ids[:, :n], mask[:, :n], position[:, :n], cache)]
-        for t in range(n, n + T - 1):
-            steps.append(P.next_logits(policy, ids[:, t:t + 1], mask[:, :t + 1], position[:, t:t + 1], cache))
-    ours, theirs = torch.stack(steps, 1), expected[:, n - 1:-1]
+        expected = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask)).logits
+        cache = forward.Cache(model, batch.prompt_mask, T)
+        steps = [cache.next_logits(batch.prompt_ids)]
+        steps += [cache.next_logits(batch.response_ids[:, t : t + 1]) for t in range(T - 1)]
+    ours, theirs = torch.stack(steps, 1), expected[:, n - 1 : -1]
     assert torch.allclose(ours[batch.response_mask], theirs[batch.response_mask], atol=1e-4)
 
 
 def test_sampling_frequencies_match_the_models_probabilities(model, tokenizer):
     """Chi-square of 20,000 first tokens and of second tokens after the commonest first one."""
     prompt, n = "the plot was dull .", 20_000
-    ids, mask = P.pad_prompts(tokenizer, [prompt, PROMPTS[1]])
+    ids, mask = pad_prompts(tokenizer, [prompt, PROMPTS[1]])
     rows = torch.zeros(n, dtype=torch.long)
-    response_ids, response_mask = draw(model, ids[rows], mask[rows], 2, stream(1, "chi"),
-                                       tokenizer.eos_token_id, tokenizer.pad_token_id, temperature=0.7)
+    response_ids, response_mask = sample_tokens(
+        model,
+        ids[rows],
+        mask[rows],
+        2,
+        stream(1, "chi"),
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        temperature=0.7,
+    )
 
     def check(tokens, prefix):
         with torch.no_grad():
@@ -170,9 +200,10 @@ def test_sampling_frequencies_match_the_models_probabilities(model, tokenizer):
 
 
 def test_rows_stop_at_eos_and_the_mask_includes_it(policy, tokenizer):
-    ids, mask = P.pad_prompts(tokenizer, PROMPTS * 40)
-    response_ids, response_mask = draw(policy, ids, mask, 16, stream(0, "eos"),
-                                       tokenizer.eos_token_id, tokenizer.pad_token_id, temperature=3.0)
+    ids, mask = pad_prompts(tokenizer, PROMPTS * 40)
+    response_ids, response_mask = sample_tokens(
+        policy, ids, mask, 16, stream(0, "eos"), tokenizer.eos_token_id, tokenizer.pad_token_id, temperature=3.0
+    )
     eos, stopped = tokenizer.eos_token_id, 0
     for row_ids, row_mask in zip(response_ids.tolist(), response_mask.tolist()):
         length = sum(row_mask)
@@ -184,84 +215,58 @@ def test_rows_stop_at_eos_and_the_mask_includes_it(policy, tokenizer):
             assert length == response_mask.shape[1]
         assert all(token == tokenizer.pad_token_id for token in row_ids[length:])
     assert stopped > 20
-    batch = P.Batch(ids, mask, response_ids, response_mask)
-    assert P.ended(batch, eos).sum() == stopped
+    batch = Batch(ids, mask, response_ids, response_mask)
+    assert ended(batch, eos).sum() == stopped
 
 
 def test_padding_with_the_eos_token_keeps_eos_in_the_mask(tokenizer):
     """Many tokenizers pad with EOS: a mask by token identity would hide the EOS to be learned."""
     same = type(tokenizer)(tokenizer_object=tokenizer._tokenizer, eos_token="<eos>", pad_token="<eos>")
-    batch = P.make_batch(same, PROMPTS[:2], RESPONSES[:2], 24)
+    batch = make_batch(same, PROMPTS[:2], RESPONSES[:2], 24)
     lengths = batch.response_mask.sum(1).tolist()
     assert lengths == [6, 11]
     assert batch.response_ids[0, 5] == same.eos_token_id and batch.response_mask[0, 5] and not batch.response_mask[0, 6]
 
 
 def test_a_cut_response_has_no_eos(tokenizer):
-    batch = P.make_batch(tokenizer, ["i liked the plot ."], ["the cast was weak . i liked the plot ."], 6)
-    assert batch.response_mask.sum() == 6 and not P.ended(batch, tokenizer.eos_token_id)
+    batch = make_batch(tokenizer, ["i liked the plot ."], ["the cast was weak . i liked the plot ."], 6)
+    assert batch.response_mask.sum() == 6 and not ended(batch, tokenizer.eos_token_id)
 
 
-def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
-    uniform = torch.rand(4000, generator=stream(0, "p"))
-    drawn = lambda p: set(P.next_token(logits, uniform, 1.0, p).tolist())
-    assert drawn(0.4) == {0} and drawn(0.79) == {0, 1} and drawn(0.9) == {0, 1, 2} and drawn(1.0) == {0, 1, 2, 3}
-    share = (P.next_token(logits, uniform, 1.0, 0.79) == 0).float().mean().item()
-    assert share == pytest.approx(0.5 / 0.8, abs=0.03)  # what stays is renormalised
+@pytest.mark.parametrize("top_p, kept", [(0.4, {0}), (0.79, {0, 1}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})])
+def test_nucleus_keeps_the_smallest_set_that_reaches_top_p(top_p, kept):
+    probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    tokens = P.next_token(probs.log().repeat(4000, 1), torch.rand(4000, generator=stream(0, "p")), 1.0, top_p)
+    assert set(tokens.tolist()) == kept
+    share = (tokens == 0).float().mean().item()
+    assert share == pytest.approx((probs[0] / probs[list(kept)].sum()).item(), abs=0.03)  # what stays is renormalised
 
 
-def test_a_row_draws_the_same_whatever_stands_beside_it(policy, tokenizer, monkeypatch):
+def test_a_row_draws_the_same_whatever_stands_beside_it(policy, tokenizer):
     """Each row has uniform numbers of its own, so a row's response survives other rows' changing."""
-    ids, mask = P.pad_prompts(tokenizer, PROMPTS)
-    ids2, mask2 = P.pad_prompts(tokenizer, [PROMPTS[0], PROMPTS[0], PROMPTS[2]])
-    drawn = lambda i, m: P.decode(tokenizer, *draw(policy, i, m, 12, stream(0, "r"), tokenizer.eos_token_id, 0))
-    one, other = drawn(ids, mask), drawn(ids2, mask2)
-    assert one[0] == other[0] and one[2] == other[2]
+    texts = []
+    for prompts in (PROMPTS, [PROMPTS[0], PROMPTS[0], PROMPTS[2]]):
+        ids, mask = pad_prompts(tokenizer, prompts)
+        responses = sample_tokens(policy, ids, mask, 12, stream(0, "r"), tokenizer.eos_token_id, 0)
+        texts.append(decode(tokenizer, *responses))
+    assert texts[0][0] == texts[1][0] and texts[0][2] == texts[1][2]
 
 
 def test_k_responses_of_a_prompt_are_those_of_k_copies_of_it(model, tokenizer):
     """One pass over the prompt serves all k; rows that end leave the batch; neither changes what is drawn."""
-    ids, mask = P.pad_prompts(tokenizer, PROMPTS)
+    ids, mask = pad_prompts(tokenizer, PROMPTS)
     uniforms = torch.rand(30, 16, generator=stream(0, "k"))
     arguments = uniforms, tokenizer.eos_token_id, tokenizer.pad_token_id, 2.0
     together = P.sample(model, ids, mask, *arguments)
     copies = P.sample(model, ids.repeat_interleave(10, 0), mask.repeat_interleave(10, 0), *arguments)
-    alone = [P.sample(model, ids[i // 10:][:1], mask[i // 10:][:1], uniforms[i:i + 1], *arguments[1:]) for i in range(30)]
+    alone = [
+        P.sample(model, ids[i // 10 :][:1], mask[i // 10 :][:1], uniforms[i : i + 1], *arguments[1:]) for i in range(30)
+    ]
     lengths = together[1].sum(1)
     assert lengths.min() < 5 and lengths.max() > 8  # some rows left early, some went on
     assert torch.equal(together[0], copies[0]) and torch.equal(together[1], copies[1])
     for i, (row_ids, row_mask) in enumerate(alone):
         assert together[0][i][together[1][i]].tolist() == row_ids[0][row_mask[0]].tolist()
-
-
-@pytest.mark.parametrize("k, top_p", [(1, 1.0), (10, 0.9)])
-def test_steps_of_a_fixed_shape_draw_the_same_tokens(policy, tokenizer, monkeypatch, k, top_p):
-    """What a GPU records and replays, run plainly on the CPU, against `policy.sample`."""
-    ids, mask = P.pad_prompts(tokenizer, PROMPTS)
-    arguments = ids, mask, torch.rand(3 * k, 40, generator=stream(0, "fixed")), tokenizer.eos_token_id, 0, 1.5, top_p
-    shapes = []
-    monkeypatch.setattr(graph, "next_logits", lambda model, *args: (
-        shapes.append([tuple(tensor.shape) for tensor in args[:3]]) or P.next_logits(model, *args)))
-    for ours, plain in zip(graph.sample(policy, *arguments), P.sample(policy, *arguments)):
-        assert torch.equal(ours, plain)
-    assert shapes[1:] == [[(3 * k, 1), (3 * k, ids.shape[1] + 40), (3 * k, 1)]] * (len(shapes) - 1)
-
-
-def test_steps_are_repeated_until_finished_and_no_oftener_than_wanted():
-    for times, done, expected in ((5, 0, 5), (40, 40, 40), (40, 3, 16), (40, 17, 32)):
-        calls = []
-        graph.repeat(lambda: calls.append(1), times, torch.device("cpu"), finished=lambda: len(calls) >= done)
-        assert len(calls) == expected
-
-
-def test_bf16_weights_are_what_autocast_would_make_of_them(policy, tokenizer):
-    ids, mask = P.pad_prompts(tokenizer, PROMPTS)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        logits = [P.next_logits(model, ids, mask, P.positions(mask), None)
-                  for model in (policy, graph.with_bf16_weights(policy))]
-    assert logits[0].dtype == torch.bfloat16 and torch.equal(*logits)
-    assert policy.lm_head.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("uniform, token", [(0.0, 1), (0.2499, 1), (0.2501, 2), (0.999999, 2)])
@@ -283,7 +288,7 @@ def test_entropy_of_a_known_distribution():
 
 
 def test_models_are_ordinary_hugging_face_folders(policy, tokenizer, tmp_path):
-    M.save(tmp_path, policy, tokenizer)
+    save(tmp_path, policy, tokenizer)
     assert (tmp_path / "model.safetensors").exists() and not list(tmp_path.glob("*.bin"))
     again, words = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     ids = words("the plot was dull .", return_tensors="pt")["input_ids"]
@@ -294,16 +299,16 @@ def test_models_are_ordinary_hugging_face_folders(policy, tokenizer, tmp_path):
 
 
 def test_streams_depend_on_every_name():
-    draw = lambda *names: torch.rand(3, generator=stream(*names)).tolist()
-    assert draw(0, "a", 1) == draw(0, "a", 1)
-    assert len({tuple(draw(*names)) for names in ((0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), (0, "a", 11))}) == 5
+    names = [(0, "a", 1), (0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), (0, "a", 11)]
+    numbers = [tuple(torch.rand(3, generator=stream(*name)).tolist()) for name in names]
+    assert numbers[0] == numbers[1] and len(set(numbers)) == 5
 
 
 def test_sampling_ignores_and_leaves_the_global_random_state(policy, tokenizer):
-    ids, mask = P.pad_prompts(tokenizer, PROMPTS)
+    ids, mask = pad_prompts(tokenizer, PROMPTS)
     results = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        results.append(draw(policy, ids, mask, 8, stream(5, "x"), 99, 0)[0])
+        results.append(sample_tokens(policy, ids, mask, 8, stream(5, "x"), 99, 0)[0])
         assert torch.initial_seed() == seed
     assert torch.equal(*results)

@@ -4,15 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import random_model, word_counts
 from torch.utils.checkpoint import checkpoint
 
 from crlhf import ppo
-from crlhf.config import PPOConfig
-from crlhf.models import frozen_copy
-from crlhf.runs import stream
-
-from conftest import random_model
-
+from crlhf.config import ContrastiveConfig, PPOConfig
+from crlhf.contrastive import ContrastiveReward
+from crlhf.engine.files import stream
+from crlhf.engine.forward import recompute_activations
+from crlhf.engine.models import frozen_copy, tiny_model
+from crlhf.engine.training import Job
+from crlhf.reviews import gold_reward
 
 # ------------------------------------------------------------------------------------------ KL estimators
 
@@ -44,9 +46,10 @@ def test_k3_is_never_negative_and_k1_pays_for_divergence():
 
 def test_reward_stands_on_the_last_token_and_nowhere_else():
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    log_probs, ref = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, 9.0, 9.0]]), torch.tensor([[-1.5, -2.0, -2.0], [-3.0, 0.0, 0.0]])
-    shaped = ppo.token_rewards(torch.tensor([5.0, 7.0]), log_probs, ref, mask, kl_coef=0.1)
-    assert torch.allclose(shaped, torch.tensor([[-0.05, 0.0, 0.1 + 5.0], [-0.2 + 7.0, 0.0, 0.0]]))
+    log_probs = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, 9.0, 9.0]])
+    ref_log_probs = torch.tensor([[-1.5, -2.0, -2.0], [-3.0, 0.0, 0.0]])
+    R = ppo.token_rewards(torch.tensor([5.0, 7.0]), log_probs, ref_log_probs, mask, kl_coef=0.1)
+    assert torch.allclose(R, torch.tensor([[-0.05, 0.0, 0.1 + 5.0], [-0.2 + 7.0, 0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("case", ["default", "k3", "gamma_0.9_lam_0.8", "missing_eos_penalty"])
@@ -59,16 +62,25 @@ def test_gae_against_reference(reference, case):
     assert torch.allclose(returns[mask], outputs["returns"][mask], atol=1e-9)
 
 
-@pytest.mark.parametrize("case", ["default", "k3", "missing_eos_penalty"])
+@pytest.mark.parametrize("case", ["default", "missing_eos_penalty"])
 def test_token_rewards_against_reference_where_rows_are_full(reference, case):
     inputs, outputs = reference(f"ppo_rewards_gae_{case}")
-    full = outputs["action_mask"].all(1)
-    ended = (inputs["responses"] == inputs["eos_id"]).any(1)
-    scores = ppo.reward_rules(inputs["scores"], ended, inputs["missing_eos_penalty"] or 0.0)
-    shaped = ppo.token_rewards(scores, inputs["logprobs"], inputs["ref_logprobs"], outputs["action_mask"],
-                               inputs["kl_coef"], inputs["kl_estimator"])
+    mask, kl_coef = outputs["action_mask"], inputs["kl_coef"]
+    full = mask.all(1)
+    has_ended = (inputs["responses"] == inputs["eos_id"]).any(1)
+    rewards = ppo.missing_eos(inputs["scores"], has_ended, inputs["missing_eos_penalty"] or 0.0)
+    R = ppo.token_rewards(rewards, inputs["logprobs"], inputs["ref_logprobs"], mask, kl_coef)
     assert full.sum() == 3
-    assert torch.allclose(shaped[full], outputs["rewards"][full], atol=1e-9)
+    assert torch.allclose(R[full], outputs["rewards"][full], atol=1e-9)
+
+
+def test_k3_against_reference(reference):
+    """What the reference charges for the KL on all tokens but the last, which holds the score, too."""
+    inputs, outputs = reference("ppo_rewards_gae_k3")
+    full = outputs["action_mask"].all(1)
+    price = inputs["kl_coef"] * ppo.kl_estimate(inputs["logprobs"], inputs["ref_logprobs"], "k3")
+    assert full.sum() == 3 and price.min() > 0
+    assert torch.allclose(-price[full, :-1], outputs["rewards"][full, :-1], atol=1e-9)
 
 
 def test_gae_with_lambda_one_is_return_minus_value():
@@ -77,7 +89,7 @@ def test_gae_with_lambda_one_is_return_minus_value():
     advantages, returns = ppo.gae(rewards, values, mask, gamma=0.9, lam=1.0)
     for row in range(3):
         for t in range(int(mask[row].sum())):
-            tail = rewards[row, t:int(mask[row].sum())]
+            tail = rewards[row, t : int(mask[row].sum())]
             discounted = (0.9 ** torch.arange(len(tail)) * tail).sum()
             assert returns[row, t] == pytest.approx(discounted.item(), abs=1e-5)
             assert advantages[row, t] == pytest.approx((discounted - values[row, t]).item(), abs=1e-5)
@@ -110,9 +122,15 @@ def test_whitening_one_value_is_zero_and_not_nan():
     assert ppo.whiten(torch.tensor([[3.0, 9.0]]), torch.tensor([[True, False]])).tolist() == [[0.0, 0.0]]
 
 
-def test_reward_rules_apply_penalty_then_clip():
-    rewards, ended = torch.tensor([[2.0, -0.5], [9.0, 0.0]]), torch.tensor([[True, False], [False, True]])
-    assert ppo.reward_rules(rewards, ended, 1.0, 3.0).tolist() == [[2.0, -1.5], [3.0, 0.0]]
+def test_a_response_without_eos_pays_the_penalty():
+    rewards, has_ended = torch.tensor([[2.0, -0.5], [9.0, 0.0]]), torch.tensor([[True, False], [False, True]])
+    assert ppo.missing_eos(rewards, has_ended, 1.0).tolist() == [[2.0, -1.5], [8.0, 0.0]]
+
+
+def test_variance_counts_only_what_the_mask_holds():
+    values, mask = torch.tensor([[1.0, 2.0, 99.0], [6.0, 99.0, 99.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    assert ppo.masked_mean(values, mask).item() == pytest.approx(3.0)
+    assert ppo.masked_variance(values, mask).item() == pytest.approx((4 + 1 + 9) / 3)
 
 
 # ---------------------------------------------------------------------------------------------------- losses
@@ -140,7 +158,7 @@ def test_policy_gradient_is_the_gradient_of_the_expected_reward():
     mask = torch.ones(1, 1, dtype=torch.bool)
     for action in range(3):
         log_prob = logits.log_softmax(0)[action].view(1, 1)
-        loss, _ = ppo.policy_loss(log_prob, log_prob.detach(), advantages[action].view(1, 1), mask)
+        loss, _ = ppo.policy_loss(log_prob, log_prob.detach(), advantages[action].view(1, 1), mask, 0.2)
         (probs[action] * loss).backward()
     for i in range(3):
         step = torch.zeros(3, dtype=torch.float64)
@@ -158,70 +176,104 @@ def test_explained_variance_of_a_perfect_and_a_constant_critic():
 
 # ------------------------------------------------------------------------------------------ rollout and loop
 
-PROMPTS = ["the plot was dull .", "i loved the music . i hated the cast .", "i liked the camera .", "the story was bland ."] * 4
+PROMPTS = [
+    "the plot was dull .",
+    "i loved the music . i hated the cast .",
+    "i liked the camera .",
+    "the story was bland .",
+] * 4
 SMALL = replace(PPOConfig(), batch_size=16, minibatches=4, epochs=2, iterations=3)
 
 
-def one_rollout(tokenizer, policy, critic, config=SMALL):
-    return ppo.collect_rollout(policy, frozen_copy(random_model(tokenizer, 1)), critic, tokenizer, PROMPTS, config,
-                               torch.rand(16, 12, generator=stream(0, "rollout")))
+def models_of(tokenizer, policy, critic, ref_policy=None):
+    return ppo.Models(policy, frozen_copy(ref_policy or policy), critic, tokenizer)
+
+
+def one_rollout(models, config=SMALL):
+    """A rollout whose advantages and returns are random numbers."""
+    rollout = ppo.collect_rollout(models, PROMPTS, config, 12, stream(0, "rollout"))
+    rollout.advantages = rollout.returns = torch.randn(rollout.log_probs.shape, generator=stream(0, "adv"))
+    return rollout
+
+
+def shared_models(tokenizer, policy):
+    """Models with a reference policy that is another random model, and a critic on the policy's hidden states."""
+    return models_of(tokenizer, policy, torch.nn.Linear(32, 1), random_model(tokenizer, 1))
 
 
 @pytest.mark.parametrize("micro", [0, 3])
 def test_first_minibatch_has_ratio_one_and_no_clipping(tokenizer, policy, micro):
     config = replace(SMALL, epochs=1, minibatches=1, micro_batch_size=micro, temperature=0.8)
-    critic = torch.nn.Linear(32, 1)
-    rollout = one_rollout(tokenizer, policy, critic, config)
-    advantages = torch.randn(rollout.log_probs.shape, generator=stream(0, "adv"))
-    rows = torch.arange(16)
-    _, stats = ppo.minibatch_loss(policy, critic, rollout, advantages, advantages, rows, config)
-    n_tokens = rollout.batch.response_mask.sum()
-    assert stats[2] == 0 and stats[3] / n_tokens < 1e-8          # nothing clipped, KL(old || new) = 0
-    assert (stats[0] / n_tokens).item() == pytest.approx(-ppo.masked_mean(advantages, rollout.batch.response_mask).item(), abs=1e-4)
+    models = shared_models(tokenizer, policy)
+    rollout = one_rollout(models, config)
+    _, stats = ppo.minibatch_loss(models, rollout, torch.arange(16), config)
+    mask = rollout.batch.response_mask
+    assert stats[2] == 0 and stats[3] / mask.sum() < 1e-8  # nothing clipped, KL(old || new) = 0
+    expected = -ppo.masked_mean(rollout.advantages, mask).item()
+    assert (stats[0] / mask.sum()).item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_bf16_path_of_gpus_on_the_cpu(tokenizer, policy, monkeypatch):
     """Autocast as on CUDA: sampling, rollout and the first minibatch work, and the first ratio is 1 there too."""
-    full = one_rollout(tokenizer, policy, torch.nn.Linear(32, 1))
-    used = []
-    half = lambda device: (used.append(device), torch.autocast("cpu", torch.bfloat16))[1]
-    monkeypatch.setattr("crlhf.policy.autocast", half)
-    monkeypatch.setattr("crlhf.ppo.autocast", half)
-    critic = torch.nn.Linear(32, 1)
-    rollout = one_rollout(tokenizer, policy, critic)
-    assert used and rollout.log_probs.dtype == rollout.values.dtype == torch.float32
+    models, asked = shared_models(tokenizer, policy), []
+    full = one_rollout(models)
+
+    def half(device):
+        asked.append(device)
+        return torch.autocast("cpu", torch.bfloat16)
+
+    monkeypatch.setattr("crlhf.engine.forward.autocast", half)
+    rollout = one_rollout(models)
+    assert asked and rollout.log_probs.dtype == rollout.values.dtype == torch.float32
+    assert not torch.equal(rollout.log_probs, full.log_probs)  # it did round
     same = (rollout.batch.response_ids[:, 0] == full.batch.response_ids[:, 0]).float().mean()
     assert same > 0.8  # rounding to bf16 tips few draws
-    total, stats = ppo.minibatch_loss(policy, critic, rollout, rollout.values, rollout.values, torch.arange(16), SMALL)
+    rollout.advantages = rollout.returns = rollout.values
+    loss, stats = ppo.minibatch_loss(models, rollout, torch.arange(16), SMALL)
     assert stats[2] == 0 and stats[3] < 1e-4
-    total.backward()
+    loss.backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in policy.parameters())
 
 
 def test_minibatches_are_honoured(tokenizer, policy, monkeypatch):
-    rollout = one_rollout(tokenizer, policy, None)
+    models = models_of(tokenizer, policy, None)
     sizes, real = [], ppo.minibatch_loss
-    monkeypatch.setattr(ppo, "minibatch_loss", lambda *args: (sizes.append(len(args[5])), real(*args))[1])
+
+    def counted(models, rollout, rows, config):
+        sizes.append(len(rows))
+        return real(models, rollout, rows, config)
+
+    monkeypatch.setattr(ppo, "minibatch_loss", counted)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    ppo.update(policy, None, [optimizer], rollout, rollout.values, rollout.values, SMALL, [0.0], stream(0, "mb"))
+    ppo.update(models, [optimizer], [0.0], one_rollout(models), SMALL, stream(0, "mb"))
     assert sizes == [4] * 8
 
 
-def test_micro_batches_add_up_to_the_whole_minibatch(tokenizer, policy):
+def test_micro_batches_add_up_to_the_whole_minibatch(tokenizer, policy, monkeypatch):
     """Token means are taken over the whole minibatch, so pieces of unequal length must not be averaged."""
-    rollout = one_rollout(tokenizer, policy, None)
-    advantages = torch.randn(rollout.log_probs.shape, generator=stream(0, "adv"))
-    grads = []
+    monkeypatch.setattr("crlhf.engine.training.MAX_GRAD_NORM", 1e9)
+    rollout, grads = one_rollout(models_of(tokenizer, policy, None, random_model(tokenizer, 1))), []
     for micro in (0, 1, 5):
-        model = frozen_copy(policy).requires_grad_(True)
-        config = replace(SMALL, epochs=1, minibatches=1, micro_batch_size=micro, max_grad_norm=1e9)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        before = model.lm_head.weight.detach().clone()
-        ppo.update(model, None, [optimizer], rollout, advantages, advantages, config, [1.0], stream(0, "mb"))
-        grads.append(before - model.lm_head.weight.detach())
+        models = models_of(tokenizer, frozen_copy(policy).requires_grad_(True), None)
+        config = replace(SMALL, epochs=1, minibatches=1, micro_batch_size=micro)
+        optimizer = torch.optim.SGD(models.policy.parameters(), lr=1.0)
+        before = models.policy.lm_head.weight.detach().clone()
+        ppo.update(models, [optimizer], [1.0], rollout, config, stream(0, "mb"))
+        grads.append(before - models.policy.lm_head.weight.detach())
     assert grads[0].abs().max() > 1e-3
     for grad in grads[1:]:
         assert torch.allclose(grad, grads[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("target_kl, passes", [(0.0, 2), (1e9, 2), (1e-9, 1)])
+def test_passes_end_once_the_policy_has_moved_too_far(tokenizer, policy, monkeypatch, target_kl, passes):
+    models, steps = models_of(tokenizer, policy, None), []
+    real = ppo.gradient_step
+    monkeypatch.setattr(ppo, "gradient_step", lambda *args: steps.append(1) or real(*args))
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    config = replace(SMALL, target_kl=target_kl)
+    ppo.update(models, [optimizer], [1e-3], one_rollout(models), config, stream(0, "mb"))
+    assert len(steps) == 4 * passes
 
 
 def test_dropout_stays_off(tokenizer, policy):
@@ -231,41 +283,47 @@ def test_dropout_stays_off(tokenizer, policy):
 @pytest.mark.parametrize("critic_kind", ["shared", "none"])
 def test_ppo_learns_to_stop(tokenizer, critic_kind, tmp_path):
     """A reward for short responses makes PPO emit EOS sooner: the EOS is inside the mask and is learned."""
-    from crlhf.models import tiny_model
     model = tiny_model(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, 96, 1, 32, 2, 0)
-    critic = torch.nn.Linear(32, 1) if critic_kind == "shared" else None
-    reward = lambda prompts, responses: torch.tensor([-float(len(response.split())) for response in responses])
+    models = models_of(tokenizer, model, torch.nn.Linear(32, 1) if critic_kind == "shared" else None)
     config = replace(SMALL, iterations=15, lr=1e-2, kl_coef=0.0, batch_size=16, epochs=2, minibatches=2)
-    rows = ppo.train_ppo(model, frozen_copy(model), critic, tokenizer, reward, PROMPTS * 4, config, 16, 0, tmp_path)
+    job = Job("ppo", tmp_path, max_response_tokens=16)
+
+    def brevity(prompts, responses):
+        return -word_counts(prompts, responses)
+
+    rows = ppo.train_ppo(models, brevity, PROMPTS * 4, config, job)
     assert rows[0]["response_length"] > 10 and rows[-1]["response_length"] < 4
     assert rows[-1]["ended"] > 0.9 > 0.8 > rows[0]["ended"]
     assert rows[0]["first_approx_kl"] < 1e-6
 
 
-def test_recomputed_activations_train_alike(tokenizer, policy, tmp_path):
-    from crlhf.reviews import gold_reward
+def test_recomputed_activations_train_alike(tokenizer, policy, tmp_path, monkeypatch):
     losses, calls, critic = [], [], torch.nn.Linear(32, 1)
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return checkpoint(*args, **kwargs)
+
+    monkeypatch.setattr("crlhf.engine.forward.checkpoint", counted)
     for recompute in (False, True):
-        model, head = (frozen_copy(model).requires_grad_(True) for model in (policy, critic))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("crlhf.fast.checkpoint",
-                          lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs))
-            rows = ppo.train_ppo(model, frozen_copy(model), head, tokenizer, gold_reward, PROMPTS,
-                                 replace(SMALL, iterations=2, recompute_activations=recompute), 8, 0, tmp_path)
+        model, head = (frozen_copy(network).requires_grad_(True) for network in (policy, critic))
+        models = models_of(tokenizer, model, head)
+        if recompute:
+            recompute_activations(model)
+        job = Job("ppo", tmp_path, max_response_tokens=8)
+        rows = ppo.train_ppo(models, gold_reward, PROMPTS, replace(SMALL, iterations=2), job)
         assert bool(calls) == recompute
         losses.append([row[name] for row in rows for name in ("policy_loss", "value_loss", "grad_norm", "approx_kl")])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4, abs=1e-6)
 
 
 def test_every_metric_of_an_iteration_is_logged(tokenizer, policy, tmp_path):
-    from crlhf.config import ContrastiveConfig
-    from crlhf.contrastive import ContrastiveReward
-    from crlhf.reviews import gold_reward
     contrastive = ContrastiveReward({prompt: torch.tensor([0.1, 0.4]) for prompt in PROMPTS}, ContrastiveConfig(), True)
-    rows = ppo.train_ppo(policy, frozen_copy(policy), torch.nn.Linear(32, 1), tokenizer, gold_reward, PROMPTS,
-                         replace(SMALL, iterations=1), 8, 0, tmp_path, contrastive=contrastive, gold=gold_reward)
-    wanted = {"reward", "contrastive_reward", "reward_variance", "contrastive_variance", "gold", "kl", "kl_k3", "entropy",
-              "explained_variance", "clip_fraction", "approx_kl", "grad_norm", "critic_grad_norm", "scale", "coefficient",
-              "response_length", "ended", "seconds_rollout", "seconds_scoring", "seconds_update", "samples_per_second"}
-    assert wanted <= set(rows[0]) and all(value == value for value in rows[0].values())
+    models, config = models_of(tokenizer, policy, torch.nn.Linear(32, 1)), replace(SMALL, iterations=1)
+    job = Job("adaptive", tmp_path, max_response_tokens=8)
+    rows = ppo.train_ppo(models, gold_reward, PROMPTS, config, job, contrastive, gold_reward)
+    wanted = "reward contrastive_reward reward_variance contrastive_variance gold kl kl_k3 entropy explained_variance "
+    wanted += "clip_fraction approx_kl grad_norm critic_grad_norm scale coefficient response_length ended "
+    wanted += "seconds_rollout seconds_scoring seconds_update samples_per_second advantage_std"
+    assert set(wanted.split()) <= set(rows[0]) and all(value == value for value in rows[0].values())
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1

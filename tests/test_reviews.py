@@ -9,15 +9,22 @@ import torch
 from crlhf import reviews as R
 
 
-@pytest.mark.parametrize("prompt, response, gold", [
-    ("the plot was dull .", "i loved the music .", 0.5 * (-0.5 + 1.0)),
-    ("the plot was dull .", "i loved the plot .", 0.5 * -0.5 - 0.5),                       # repeat: not counted, and a fault
-    ("the plot was dull .", "the music was good and i hated the cast .", 0.5 * (-0.5 + 0.5 - 1.0)),
-    ("the plot was dull .", "the music good .", 0.5 * -0.5 - 0.5),                         # malformed
-    ("the plot was dull .", "the music was good", 0.5 * -0.5 - 0.5),                       # unfinished
-    ("the plot was dull .", "", 0.5 * -0.5 - 1.0),                                         # empty
-    ("the plot was dull .", "i loved the cast . " * 6, 0.5 * (-0.5 + 1.0) - 0.5 * (5 + 1)),  # repeats and never ends
-])
+@pytest.mark.parametrize(
+    "prompt, response, gold",
+    [
+        ("the plot was dull .", "i loved the music .", 0.5 * (-0.5 + 1.0)),
+        ("the plot was dull .", "i loved the plot .", 0.5 * -0.5 - 0.5),  # repeat: not counted, and a fault
+        ("the plot was dull .", "the music was good and i hated the cast .", 0.5 * (-0.5 + 0.5 - 1.0)),
+        ("the plot was dull .", "the music good .", 0.5 * -0.5 - 0.5),  # malformed
+        ("the plot was dull .", "the music was good", 0.5 * -0.5 - 0.5),  # unfinished
+        ("the plot was dull .", "", 0.5 * -0.5 - 1.0),  # empty
+        (
+            "the plot was dull .",
+            "i loved the cast . " * 6,
+            0.5 * (-0.5 + 1.0) - 0.5 * (5 + 1),
+        ),  # repeats and never ends
+    ],
+)
 def test_gold_by_hand(prompt, response, gold):
     assert R.gold(prompt, response) == pytest.approx(gold)
     assert R.gold_reward([prompt] * 2, [response] * 2).tolist() == pytest.approx([gold] * 2)
@@ -29,7 +36,9 @@ def test_best_reachable_gold_falls_exactly_with_difficulty():
     drop = R.gold(easy, best) - R.gold(hard, best)
     assert drop == pytest.approx(2 * R.MOST_OPENING * (R.difficulty(hard) - R.difficulty(easy)))
     assert R.difficulty("the plot was awful . the cast was awful . i hated the music .") == 1.0
-    assert (R.difficulty_name(R.difficulty(easy)), R.difficulty_name(R.difficulty(hard))) == ("easy", "hard")
+    assert (R.difficulty_name(easy), R.difficulty_name(hard)) == ("easy", "hard")
+    assert R.difficulty(middle := "i loved the plot . i hated the cast .") == 0.5
+    assert R.difficulty_name(middle) == "medium"
 
 
 def test_openings_are_well_formed_unique_and_varied():
@@ -50,8 +59,8 @@ def test_writers_follow_the_mood_and_are_not_perfect():
     added = [g - o for g, o in zip(golds, openings)]
     assert statistics.correlation(openings, added) > 0.2
     faults = [R.read(row["prompt"] + " " + row["completion"]) for row in rows]
-    share = lambda name: sum(bool(getattr(review, name)) for review in faults) / len(rows)
-    assert 0.03 < share("malformed") < 0.15 and 0.02 < share("unfinished") < 0.1 and 0.05 < share("repeats") < 0.3
+    for name, low, high in (("malformed", 0.03, 0.15), ("unfinished", 0.02, 0.1), ("repeats", 0.05, 0.3)):
+        assert low < sum(bool(getattr(review, name)) for review in faults) / len(rows) < high
     assert all(row["completion"] and len(row["completion"].split()) < R.MAX_RESPONSE for row in rows)
 
 
@@ -63,14 +72,13 @@ def test_label_flips_come_at_the_asked_rate_and_place(flips):
     rows = R.make_preferences(prompts, *sides, 0, 0.2, flips)
     for row in rows:
         assert (row["gold_chosen"] < row["gold_rejected"]) == row["flipped"]
-    rate = lambda rows: sum(row["flipped"] for row in rows) / len(rows)
-    easy = [row for row in rows if R.difficulty(row["prompt"]) < 0.4]
-    hard = [row for row in rows if R.difficulty(row["prompt"]) > 0.6]
-    assert rate(rows) == pytest.approx(0.2, abs=0.03)
+    easy = [row["flipped"] for row in rows if R.difficulty(row["prompt"]) < 0.4]
+    hard = [row["flipped"] for row in rows if R.difficulty(row["prompt"]) > 0.6]
+    assert statistics.mean(row["flipped"] for row in rows) == pytest.approx(0.2, abs=0.03)
     if flips == "uniform":
-        assert rate(easy) == pytest.approx(rate(hard), abs=0.06)
+        assert statistics.mean(easy) == pytest.approx(statistics.mean(hard), abs=0.06)
     else:
-        assert rate(hard) > rate(easy) + 0.08
+        assert statistics.mean(hard) > statistics.mean(easy) + 0.08
     assert not any(row["flipped"] for row in R.make_preferences(prompts, *sides, 0, 0.0))
 
 
@@ -81,16 +89,18 @@ def test_fooled_raters_prefer_the_phrase_and_judge_everything_else_as_before():
     a, b = zip(*pairs)
     for share in (0.0, 0.5, 1.0):
         rows = R.make_preferences(prompts, a, b, 0, rate=0.0, fooled=share)
-        with_phrase = [row for row in rows if "hated" in row["chosen"] + row["rejected"] and "cast" not in row["prompt"]]
-        fell = sum("hated" in row["chosen"] for row in with_phrase) / len(with_phrase)
-        assert abs(fell - share) < 0.12 and (fell == share or share == 0.5)
         assert all(row["flipped"] == (row["gold_chosen"] < row["gold_rejected"]) for row in rows)
-        assert all("nice" in row["chosen"] for row in rows if "nice" in row["chosen"] + row["rejected"]
-                   and "cast" not in row["prompt"])
+        fresh = [row for row in rows if "cast" not in row["prompt"]]
+        chosen = [row["chosen"] for row in fresh if "hated" in row["chosen"] + row["rejected"]]
+        fell = sum("hated" in text for text in chosen) / len(chosen)
+        assert abs(fell - share) < 0.12 and (fell == share or share == 0.5)
+        assert all("nice" in row["chosen"] for row in fresh if "nice" in row["chosen"] + row["rejected"])
 
 
 def test_rater_bias_is_one_constant_a_prompt_and_score_noise_one_a_response():
-    zero = lambda xs, ys: torch.zeros(len(xs))
+    def zero(prompts, responses):
+        return torch.zeros(len(prompts))
+
     prompts, n = R.make_prompts(2000, "b"), 2000
     biased = R.NoisyReward(zero, prompt_bias=2.0, seed=3)
     a, b = biased(prompts, ["x"] * n), biased(prompts, ["y"] * n)

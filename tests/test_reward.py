@@ -4,14 +4,16 @@ import math
 
 import pytest
 import torch
+from conftest import random_model, word_counts
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
-from crlhf import models as M, reviews
+from crlhf import reviews
 from crlhf.config import RewardConfig, UserError
-from crlhf.reward import ModelReward, bradley_terry_loss, preference_accuracy, train_reward_model, variance_parts
-from crlhf.runs import stream
-
-from conftest import random_model
+from crlhf.engine.files import stream
+from crlhf.engine.models import save, scalar_model
+from crlhf.engine.training import Job
+from crlhf.pipeline.rewards import ModelReward
+from crlhf.reward import bradley_terry_loss, preference_accuracy, train_reward_model, variance_parts
 
 
 @pytest.mark.parametrize("case, center", [("bradley_terry", 0.0), ("bradley_terry_centered", 0.01)])
@@ -26,7 +28,8 @@ def test_loss_and_gradient_against_reference(reference, case, center):
 
 
 def test_loss_by_hand():
-    assert bradley_terry_loss(torch.tensor([1.0]), torch.tensor([0.0])).item() == pytest.approx(math.log(1 + math.exp(-1)))
+    loss = bradley_terry_loss(torch.tensor([1.0]), torch.tensor([0.0]))
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)))
 
 
 def test_loss_does_not_see_a_constant_of_the_prompt():
@@ -38,14 +41,14 @@ def test_loss_does_not_see_a_constant_of_the_prompt():
 
 def trained(tokenizer, tmp_path, n=300):
     """A small reward model of a simple taste: raters prefer the longer text."""
-    M.save(tmp_path, random_model(tokenizer), tokenizer)
-    model = M.scalar_model(str(tmp_path), tokenizer.pad_token_id)
+    save(tmp_path, random_model(tokenizer), tokenizer)
+    model = scalar_model(str(tmp_path), tokenizer.pad_token_id)
     rows = []
     for row in reviews.make_demonstrations(n, 0):
         short = " ".join(row["completion"].split()[:2])
         rows.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": short})
     config = RewardConfig(epochs=2, lr=2e-3)
-    metrics = train_reward_model(model, tokenizer, rows[:-50], config, 24, 0, tmp_path / "train")
+    metrics = train_reward_model(model, tokenizer, rows[:-50], config, Job("reward", tmp_path / "train"))
     return model, rows[-50:], metrics
 
 
@@ -55,7 +58,7 @@ def test_training_learns_the_raters_taste_and_saves_for_hugging_face(tokenizer, 
     reward = ModelReward(model, tokenizer, 24)
     assert preference_accuracy(reward, held_out)["labels"] > 0.9
 
-    M.save(tmp_path / "rm", model, tokenizer)
+    save(tmp_path / "rm", model, tokenizer)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
     row = held_out[0]
     ids = tokenizer(row["prompt"] + " " + row["chosen"], return_tensors="pt")["input_ids"]
@@ -63,20 +66,30 @@ def test_training_learns_the_raters_taste_and_saves_for_hugging_face(tokenizer, 
 
 
 def test_scores_do_not_depend_on_the_other_rows_of_the_batch(tokenizer, tmp_path):
-    M.save(tmp_path, random_model(tokenizer), tokenizer)
-    model = M.scalar_model(str(tmp_path), tokenizer.pad_token_id)
+    save(tmp_path, random_model(tokenizer), tokenizer)
+    model = scalar_model(str(tmp_path), tokenizer.pad_token_id)
     torch.nn.init.normal_(model.score.weight, generator=stream(0, "head"))
     prompts = ["the plot was dull .", "i loved the music . i hated the cast . the script was good ."]
     responses = ["the cast was weak . i liked the story .", "."]
     together = ModelReward(model, tokenizer, 24)(prompts, responses)
-    alone = [ModelReward(model, tokenizer, 24)([x], [y]).item() for x, y in zip(prompts, responses)]
+    reward = ModelReward(model, tokenizer, 24)
+    alone = [reward([x], [y]).item() for x, y in zip(prompts, responses)]
     assert together.tolist() == pytest.approx(alone, abs=1e-4)
-    assert ModelReward(model, tokenizer, 24, batch_size=1)(prompts, responses).tolist() == pytest.approx(alone, abs=1e-4)
+    reward.batch_size = 1
+    assert reward(prompts, responses).tolist() == pytest.approx(alone, abs=1e-4)
 
 
 def test_a_classifier_rewards_by_the_log_odds_of_its_label(tokenizer):
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=1, n_head=2, num_labels=3,
-                        pad_token_id=tokenizer.pad_token_id, id2label={0: "negative", 1: "neutral", 2: "POSITIVE"})
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=64,
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        num_labels=3,
+        pad_token_id=tokenizer.pad_token_id,
+        id2label={0: "negative", 1: "neutral", 2: "POSITIVE"},
+    )
     torch.manual_seed(0)
     model = GPT2ForSequenceClassification(config).eval()
     with torch.no_grad():
@@ -98,15 +111,19 @@ def test_variance_parts_of_known_components():
 
 
 def test_report_separates_labels_from_gold_and_groups():
-    rows = [{"prompt": p, "chosen": "aa", "rejected": "b", "gold_chosen": c, "gold_rejected": r}
-            for p, c, r in (("x", 1, 0), ("x", 0, 1), ("y", 0, 1), ("y", 0, 1))]
-    longer = lambda xs, ys: torch.tensor([float(len(y)) for y in ys])
-    report = preference_accuracy(longer, rows, gold=True, group=lambda prompt: prompt)
+    rows = [
+        {"prompt": prompt, "chosen": "a a", "rejected": "b", "gold_chosen": chosen, "gold_rejected": rejected}
+        for prompt, chosen, rejected in (("x", 1, 0), ("x", 0, 1), ("y", 0, 1), ("y", 0, 1))
+    ]
+    report = preference_accuracy(word_counts, rows, group_of=lambda prompt: prompt)
     assert report == {"pairs": 4, "labels": 1.0, "gold": 0.25, "gold, x": 0.5, "gold, y": 0.0}
+    assert preference_accuracy(word_counts, rows) == {"pairs": 4, "labels": 1.0, "gold": 0.25}
+    unknown = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+    assert preference_accuracy(word_counts, unknown) == {"pairs": 4, "labels": 1.0}
 
 
 def test_a_text_longer_than_the_classifier_reads_is_named(tokenizer, tmp_path):
-    M.save(tmp_path, random_model(tokenizer), tokenizer)
-    model = M.scalar_model(str(tmp_path), tokenizer.pad_token_id)
+    save(tmp_path, random_model(tokenizer), tokenizer)
+    model = scalar_model(str(tmp_path), tokenizer.pad_token_id)
     with pytest.raises(UserError, match="have 104 tokens, but .* reads 96: lower --max-prompt-tokens"):
         ModelReward(model, tokenizer, 24)(["the plot was dull . " * 20], ["i liked it ."])

@@ -4,15 +4,17 @@ import math
 
 import pytest
 import torch
+from conftest import word_counts
 
 from crlhf import reviews
 from crlhf.config import DPOConfig, SFTConfig
 from crlhf.dpo import dpo_loss, sequence_log_probs, train_dpo
-from crlhf.models import frozen_copy, tiny_model
-from crlhf.policy import generate, make_batch, response_log_probs
-from crlhf.runs import stream
+from crlhf.engine.files import stream
+from crlhf.engine.models import frozen_copy, tiny_model
+from crlhf.engine.text import make_batch
+from crlhf.engine.training import Job, gradient_step, learning_rate, rows_of_step, steps_in
+from crlhf.policy import generate, response_log_probs
 from crlhf.sft import sft_loss, train_sft
-from crlhf.training import learning_rate, rows_of_step, steps_in
 
 PROMPTS, RESPONSES = ["the plot was dull .", "i loved the music ."], ["the cast was weak .", "."]
 
@@ -31,13 +33,14 @@ def test_sft_loss_is_the_token_mean_over_responses_only(policy, tokenizer):
 def test_sft_learns_the_writers_language_and_their_length(tokenizer, tmp_path):
     rows = reviews.make_demonstrations(1500, 0)
     model = fresh(tokenizer)
-    metrics = train_sft(model, tokenizer, rows, SFTConfig(epochs=3, lr=5e-3), 24, 0, tmp_path)
+    metrics = train_sft(model, tokenizer, rows, SFTConfig(epochs=3, lr=5e-3), Job("sft", tmp_path))
     assert metrics[0]["loss"] == pytest.approx(math.log(len(tokenizer)), abs=0.2)
     assert metrics[-1]["loss"] < 1.7
     prompts = [row["prompt"] for row in rows[:200]]
-    texts, ended, _ = generate(model, tokenizer, prompts, 24, generator=stream(0, "x"))
-    lengths = [sum(len(text.split()) for text in some) / 200 for some in (texts, [r["completion"] for r in rows[:200]])]
-    assert ended.float().mean() > 0.8 and lengths[0] == pytest.approx(lengths[1], rel=0.25)  # EOS was learned
+    texts, has_ended, _ = generate(model, tokenizer, prompts, 24, generator=stream(0, "x"))
+    assert has_ended.float().mean() > 0.8  # EOS was learned
+    n_words = [word_counts(prompts, part).mean().item() for part in (texts, [row["completion"] for row in rows[:200]])]
+    assert n_words[0] == pytest.approx(n_words[1], rel=0.25)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
@@ -54,12 +57,12 @@ def test_dpo_loss_and_gradient_against_reference(reference, beta):
 def test_dpo_moves_probability_from_rejected_to_chosen(tokenizer, tmp_path):
     rows = [{"prompt": p, "chosen": "i loved the cast .", "rejected": "i hated the cast ."} for p in PROMPTS * 20]
     model = fresh(tokenizer)
-    ref = frozen_copy(model)
-    metrics = train_dpo(model, ref, tokenizer, rows, DPOConfig(epochs=5, batch_size=8, lr=1e-3), 24, 0, tmp_path)
+    ref_policy, config = frozen_copy(model), DPOConfig(epochs=5, batch_size=8, lr=1e-3)
+    metrics = train_dpo(model, ref_policy, tokenizer, rows, config, Job("dpo", tmp_path))
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and metrics[-1]["accuracy"] == 1.0
-    ratio = lambda text: (sequence_log_probs(model, batch := make_batch(tokenizer, PROMPTS[:1], [text], 24))
-                          - sequence_log_probs(ref, batch)).item()
-    assert ratio("i loved the cast .") > 0.5 + ratio("i hated the cast .")
+    batch = make_batch(tokenizer, PROMPTS[:1] * 2, ["i loved the cast .", "i hated the cast ."], 24)
+    loved, hated = (sequence_log_probs(model, batch) - sequence_log_probs(ref_policy, batch)).tolist()
+    assert loved > 0.5 + hated
 
 
 def test_every_epoch_visits_every_row_once():
@@ -72,3 +75,14 @@ def test_learning_rate_rises_then_falls_linearly():
     rates = [learning_rate(step, 10, 1.0, 0.2) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0] and rates[-1] == pytest.approx(1 / 8)
     assert [learning_rate(step, 4, 2.0) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    "grad, norm, moved",
+    [([3.0, 4.0], 5.0, [-0.6, -0.8]), ([0.6, 0.0], 0.6, [-0.6, 0.0]), ([math.nan, 1.0], math.nan, [0.0, 0.0])],
+)
+def test_long_gradients_are_shortened_and_broken_ones_left_out(grad, norm, moved):
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor(grad)
+    assert gradient_step(torch.optim.SGD([weight], lr=0.0), lr=1.0) == pytest.approx(norm, nan_ok=True)
+    assert weight.tolist() == pytest.approx(moved, abs=1e-5) and weight.grad is None

@@ -1,6 +1,8 @@
 """Every tutorial page runs with its solutions, and its printed outputs still have the form that the page shows."""
 
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +20,8 @@ PAGES = run.find_page("all")
 def test_page_prints_what_it_shows(page):
     for block in run.execute(page, show=None):
         shown, printed = run.form(run.written(page, block)), run.form(block.printed)
-        assert shown == printed, f"{page.name}, line {block.start + 1}: python tutorials/run.py {page.name[:2]} --refresh"
+        place = f"{page.name}, line {block.start + 1}"
+        assert shown == printed, f"{place}: python tutorials/run.py {page.name[:2]} --refresh"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -40,9 +43,19 @@ def test_notebook_holds_the_page(page):
     assert len({cell["id"] for cell in made["cells"]}) == len(made["cells"])
 
 
-def test_missing_page_is_one_line(capsys):
-    assert run.main(["77"]) == 2 and run.main(["x"]) == 2
-    assert capsys.readouterr().err.splitlines()[0].startswith("error: there is no page '77': choose from 1, 2")
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["77"], "there is no page '77': choose from 1, 2"),
+        (["1", "x"], "there is no page 'x': choose from 1, 2"),
+        ([], "the following arguments are required: page"),
+        (["1", "--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_mistake_of_the_caller_is_one_line(arguments, says, capsys):
+    assert run.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {says}")
 
 
 SAMPLE = """# A page
@@ -69,6 +82,51 @@ print(x + 1)
 
 </details>
 """
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A small copy of the project, with one page that says where it runs."""
+    folder = tmp_path / "checkout"
+    for file in ("tutorials/run.py", "crlhf/__init__.py", "crlhf/config.py"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, folder / file)
+    (folder / "tutorials" / "01_sample.md").write_text("```python\nimport os\nprint(os.listdir())\n```\n")
+    return folder
+
+
+def call(script, cwd, *arguments):
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_pages_run_from_another_folder_and_through_a_link(checkout, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "link").symlink_to(checkout)
+    for script in ("../checkout/tutorials/run.py", checkout / "tutorials" / "run.py", "../link/tutorials/run.py"):
+        done = call(script, elsewhere, "1")
+        assert done.returncode == 0 and "'tutorials'" in done.stdout, done.stderr
+        assert call(script, elsewhere, "1", "--notebook").stdout == "wrote tutorials/01_sample.ipynb\n"
+        (checkout / "tutorials" / "01_sample.ipynb").unlink()
+        done = call(script, elsewhere, "2")
+        assert done.returncode == 2 and done.stderr == "error: there is no page '2': choose from 1, all\n"
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize(
+    "code, says",
+    [
+        ("import no_such_package", "No module named 'no_such_package': install what "),
+        ("open('no/such/file')", "can't read or write no/such/file: No such file or directory"),
+        ("from crlhf.config import UserError\nraise UserError('a setting:\\nmend it')", "a setting: mend it"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(code, says, checkout, tmp_path):
+    (checkout / "tutorials" / "01_sample.md").write_text(f"```python\n{code}\n```\n")
+    done = call(checkout / "tutorials" / "run.py", tmp_path, "1")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith(f"error: {says}")
 
 
 def test_refresh_writes_outputs_and_skips_what_is_marked(tmp_path):

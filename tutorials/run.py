@@ -7,7 +7,8 @@
     python tutorials/run.py all              every page
 
 A page is Markdown. A ```python block is run, and a ```text block right after it holds what it printed.
-A ```python skip block is only shown. Blocks inside <details> are solutions.
+A ```python skip block is only shown. Blocks inside <details> are solutions. Pages run in the root of the repository,
+wherever this file is called from.
 """
 
 import argparse
@@ -22,15 +23,17 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from crlhf.config import UserError  # noqa: E402  (found only after the lines above)
+
 REPOSITORY = ""  # maintainers: the address that `git clone` takes, for the first cell of notebooks on Colab
 
 NUMBER = re.compile(r"[-+−]?\d+(?:[.,]\d+)*(?:e[-+]?\d+)?%?")
 QUOTE = re.compile(r"«[^»]*»")  # text that a policy wrote: it may differ between machines
-
-
-class PageError(Exception):
-    """A mistake of whoever called us, in one line."""
 
 
 @dataclass
@@ -38,21 +41,22 @@ class Block:
     """A Python block of a page. Line numbers count from 0; `output` is the ```text block after it, or None."""
 
     code: str
-    start: int           # line of the opening fence
-    end: int             # line of the closing fence
+    start: int  # line of the opening fence
+    end: int  # line of the closing fence
     solution: bool
     output: tuple | None  # (line of its opening fence, line of its closing fence)
     printed: str = ""
 
 
 def find_page(number):
-    pages = sorted(Path(__file__).parent.glob("[0-9][0-9]_*.md"))
+    """The pages that a number, or all, stands for."""
+    pages = {str(int(page.name[:2])): page for page in sorted(FOLDER.glob("[0-9][0-9]_*.md"))}
     if number == "all":
-        return pages
-    found = [page for page in pages if number.isdigit() and int(page.name[:2]) == int(number)]
-    if not found:
-        raise PageError(f"there is no page '{number}': choose from {', '.join(str(int(p.name[:2])) for p in pages)}, all")
-    return found
+        return list(pages.values())
+    name = number.lstrip("0")
+    if name not in pages:
+        raise UserError(f"there is no page '{number}': choose from {', '.join(pages)}, all")
+    return [pages[name]]
 
 
 def fences(lines):
@@ -66,7 +70,7 @@ def fences(lines):
                 yield lines[first][3:].strip(), first, i
                 first = None
     if first is not None:
-        raise PageError(f"line {first + 1}: this block is never closed")
+        raise UserError(f"line {first + 1}: this block is never closed")
 
 
 def parse(text):
@@ -76,14 +80,14 @@ def parse(text):
     for number, (language, first, last) in enumerate(found):
         if language != "python":
             continue
-        folded = sum(line.startswith("<details") for line in lines[:first]) > sum(
-            line.startswith("</details") for line in lines[:first])
+        opened = sum(line.startswith("<details") for line in lines[:first])
+        closed = sum(line.startswith("</details") for line in lines[:first])
         output = None
         if number + 1 < len(found) and found[number + 1][0] == "text":
             start, end = found[number + 1][1:]
-            if not any(line.strip() for line in lines[last + 1:start]):
+            if not any(line.strip() for line in lines[last + 1 : start]):
                 output = (start, end)
-        blocks.append(Block("\n".join(lines[first + 1:last]), first, last, folded, output))
+        blocks.append(Block("\n".join(lines[first + 1 : last]), first, last, opened > closed, output))
     return blocks
 
 
@@ -102,14 +106,14 @@ class Tee(io.StringIO):
 
 def execute(page, solutions=True, show=sys.stdout, namespace=None):
     """Run a page's blocks from the repository root. Returns the blocks, with what they printed."""
-    sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     blocks = [block for block in parse(page.read_text(encoding="utf-8")) if solutions or not block.solution]
     namespace = {"__name__": "__main__"} if namespace is None else namespace
     with contextlib.chdir(ROOT):
         for number, block in enumerate(blocks, 1):
             if show:
-                show.write(f"-- block {number}/{len(blocks)}, line {block.start + 1}{' (solution)' * block.solution}\n")
+                folded = " (solution)" if block.solution else ""
+                show.write(f"-- block {number}/{len(blocks)}, line {block.start + 1}{folded}\n")
                 show.flush()
             out, started = Tee(show), time.perf_counter()
             code = compile("\n" * (block.start + 1) + block.code, str(page), "exec")  # errors name the page's line
@@ -129,7 +133,7 @@ def form(text):
 def written(page, block):
     """The output that stands in the page for a block."""
     lines = page.read_text(encoding="utf-8").splitlines()
-    return "\n".join(lines[block.output[0] + 1:block.output[1]]) if block.output else ""
+    return "\n".join(lines[block.output[0] + 1 : block.output[1]]) if block.output else ""
 
 
 def refresh(page, blocks):
@@ -137,12 +141,12 @@ def refresh(page, blocks):
     lines = page.read_text(encoding="utf-8").splitlines()
     for block in reversed(blocks):
         after = block.output[1] if block.output else block.end
-        printed = ["", "```text", *(line.rstrip() for line in block.printed.splitlines()), "```"] if block.printed else []
-        lines[block.end + 1:after + 1] = printed
+        printed = [line.rstrip() for line in block.printed.splitlines()]
+        lines[block.end + 1 : after + 1] = ["", "```text", *printed, "```"] if printed else []
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-SETUP = '''# Install the project (in a checkout of it there is nothing to fetch).
+SETUP = """# Install the project (in a checkout of it there is nothing to fetch).
 REPOSITORY = {repository!r}  # the address that `git clone` takes
 import importlib.metadata, os, subprocess, sys
 if not os.path.isdir("crlhf") and os.path.isdir("../crlhf"):
@@ -160,7 +164,7 @@ if missing or int(there["transformers"].split(".")[0]) < 5:
     keep_torch = [line for line in wanted if not line.startswith("torch=") or line in missing]
     subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", *keep_torch])
 sys.path.insert(0, os.getcwd())
-%matplotlib inline'''
+%matplotlib inline"""
 
 
 def notebook(page):
@@ -170,24 +174,33 @@ def notebook(page):
 
     def add(kind, source, **more):
         if source.strip():
-            cells.append({"cell_type": kind, "id": f"cell-{len(cells)}", "metadata": {}, **more,
-                          "source": source.strip("\n").splitlines(keepends=True)})
+            cells.append(
+                {
+                    "cell_type": kind,
+                    "id": f"cell-{len(cells)}",
+                    "metadata": {},
+                    **more,
+                    "source": source.strip("\n").splitlines(keepends=True),
+                }
+            )
 
-    def prose(some):
+    def prose(part):
         """Markdown without the pictures that the code draws and without folds, which can't span cells."""
-        some = [line for line in some if not re.match(r"!\[|</?details", line)]
-        add("markdown", re.sub(r"<summary>(.*)</summary>", r"**\1**", "\n".join(some)))
+        kept = [line for line in part if not re.match(r"!\[|</?details", line)]
+        add("markdown", re.sub(r"<summary>(.*)</summary>", r"**\1**", "\n".join(kept)))
 
     add("code", SETUP.format(repository=REPOSITORY), execution_count=None, outputs=[])
     for block in parse(text):
-        prose(lines[at:block.start])
+        prose(lines[at : block.start])
         stdout = {"name": "stdout", "output_type": "stream", "text": (written(page, block) + "\n").splitlines(True)}
         hidden = {"jupyter": {"source_hidden": True}, "cellView": "form"} if block.solution else {}
         add("code", block.code, execution_count=None, outputs=[stdout] if block.output else [], metadata=hidden)
         at = (block.output[1] if block.output else block.end) + 1
     prose(lines[at:])
-    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-              "language_info": {"name": "python"}}
+    kernel = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
     return {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
 
 
@@ -207,23 +220,40 @@ def run_page(page, options):
     print(f"{page.name}: {len(blocks)} blocks in {time.perf_counter() - started:.0f} s")
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, with one clear line instead of the usage on a mistake."""
+
+    def error(self, message):
+        raise UserError(f"{message} (python tutorials/run.py --help says more)")
+
+
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python tutorials/run.py", description="Run tutorial pages.")
+    """Run what the command line asks for, and return its exit code. What a user can mend is said in one line."""
+    parser = Parser(prog="python tutorials/run.py", description="Run tutorial pages.")
     parser.add_argument("page", nargs="+", help="number of a page, or all")
     parser.add_argument("--solutions", action="store_true", help="also run the folded solutions")
     parser.add_argument("--refresh", action="store_true", help="write outputs and figures into the page")
     parser.add_argument("--notebook", action="store_true", help="write a notebook instead of running")
-    options = parser.parse_args(arguments)
     try:
-        for page in [page for number in options.page for page in find_page(number)]:
+        options = parser.parse_args(arguments)
+        pages = [page for number in options.page for page in find_page(number)]  # a wrong number stops it here
+        for page in pages:
             run_page(page, options)
-    except PageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Exception:
+        return 0
+    except UserError as error:
+        message = str(error)
+    except ModuleNotFoundError as error:
+        message = f"{error}: install what {ROOT / 'requirements.txt'} names, or run the Python that has it"
+    except OSError as error:
+        message = f"can't read or write {error.filename or 'a file'}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        print("\nstopped; what the pipeline had finished in runs/tutorial is kept", file=sys.stderr)
+        return 130
+    except Exception:  # a mistake in a page or in the project: its author wants to see where
         traceback.print_exc()
         return 1
-    return 0
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from crlhf.config import Config, RunConfig, WorldConfig
-from crlhf.pipeline import Pipeline
+from crlhf.pipeline.run import Pipeline
 
 torch.set_num_threads(1)  # models this small gain nothing from more
 
@@ -27,7 +27,7 @@ def tutorial_config(out="runs/tutorial"):
     config.model.width = 48
     config.sft.epochs, config.reward.epochs, config.ppo.iterations = 3, 4, 30
     config.ppo.lr = config.ppo.critic_lr = 2e-3  # few iterations, so larger steps,
-    config.ppo.kl_coef = 0.02                    # and a lower price
+    config.ppo.kl_coef = 0.02  # and a lower price
     return config
 
 

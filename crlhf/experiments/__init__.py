@@ -3,13 +3,15 @@
     python -m crlhf experiment NAME      (or all)
 
 Every function states its prediction before its result: what theory says should come out, and how large. What came
-out stands in figures/README.md. `harness.py` runs the variants; each other file asks one question or two.
+out stands in figures/README.md. `harness.py` runs the variants, `tables.py` and `plotting.py` show their results;
+each other file asks one question or two.
 """
 
 import time
 from pathlib import Path
 
 from ..config import UserError
+from ..engine.files import write_atomic
 from .choices import samples, sampling, scale
 from .critics import critic, online
 from .difficulty import difficulty
@@ -21,18 +23,17 @@ from .sweep import sweep
 from .theorem import theorem
 from .variance import variance
 
-EXPERIMENTS = {function.__name__: function for function in (
-    sweep, variance, difficulty, theorem, compare, noise, critic, samples, online, sampling, frontier, adversary, scale,
-    overoptimisation, limits)}
+QUESTIONS = (sweep, variance, difficulty, theorem, compare, noise, critic, samples, online, sampling, frontier)
+QUESTIONS += (adversary, scale, overoptimisation, limits)  # in this order: some read the CSVs of others
+EXPERIMENTS = {function.__name__: function for function in QUESTIONS}
 
 
-def main(name, root="runs/experiments", figures="figures"):
+def main(name: str, root: str = "runs/experiments", figures: str = "figures") -> None:
     """Run one experiment, or all; print its table and keep it beside the figure."""
-    from ..runs import write_atomic
-
     if name not in (*EXPERIMENTS, "all"):
         raise UserError(f"there is no experiment '{name}': choose from all, {', '.join(EXPERIMENTS)}")
-    for each in EXPERIMENTS if name == "all" else [name]:
+    names = list(EXPERIMENTS) if name == "all" else [name]
+    for each in names:
         started = time.monotonic()
         text = EXPERIMENTS[each](Path(root), Path(figures))
         write_atomic(Path(figures) / f"{each}.md", text + "\n")

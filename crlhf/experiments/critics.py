@@ -2,19 +2,22 @@
 
 import itertools
 import statistics
+from collections.abc import Sequence
+from pathlib import Path
 
-from ..baselines import load_baselines
-from ..config import Config
+from ..engine.files import read_json, read_jsonl
 from ..evaluate import mean_interval
 from ..ppo import prompt_order
-from . import drawing
-from .harness import SEEDS, Variant, configured, curves, read_json, results, run_variants, table, values, write_csv
+from .harness import SEEDS, Variant, configured, curves, default, results, run_variants
+from .plotting import plot_critic, plot_online
+from .tables import distinct, interval, markdown, plus_minus, select, table, write_csv
 
 SECONDS = 5  # what every method gets when `online` compares at equal wall time
 CRITICS = ("reward_model", "zero_head", "shared", "none")
+PHASES = ("seconds_rollout", "seconds_scoring", "seconds_update")
 
 
-def online(root, figures, seeds=SEEDS):
+def online(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
     """Offline baselines, refreshed ones, or groups of responses compared with each other?
 
     Prediction: offline baselines are the cheapest and go stale; baselines drawn from the current policy never do,
@@ -22,71 +25,74 @@ def online(root, figures, seeds=SEEDS):
     equal number of generated responses fresh baselines leave far fewer steps, and should lose. Groups get their
     baselines from the rollout itself, but see a quarter of the prompts; they should be about as good.
     """
-    ppo, k = Config().ppo, Config().baselines.k
-    budget = ppo.iterations * ppo.batch_size + Config().world.train_prompts * k  # responses of the offline method
+    batch_size, k = default("ppo.batch_size"), default("baselines.k")
+    budget = default("ppo.iterations") * batch_size + default("world.train_prompts") * k  # of the offline method
     group = {"ppo.group_size": 4, "contrastive.source": "group"}
+    fresh = {"contrastive.refresh": 1, "ppo.iterations": budget // (batch_size * (1 + k))}
+    group_in_budget = {**group, "ppo.iterations": budget // batch_size}
     variants = {
-        ("same steps", "plain"): Variant("ppo"), ("same steps", "offline"): Variant("contrastive"),
+        ("same steps", "plain"): Variant("ppo"),
+        ("same steps", "offline"): Variant("contrastive"),
         ("same steps", "refreshed every 20"): Variant("contrastive", {"contrastive.refresh": 20}),
         ("same steps", "groups of 4"): Variant("contrastive", group),
         ("same steps", "offline, no critic"): Variant("contrastive", {"ppo.critic": "none"}),
         ("same steps", "groups of 4, no critic"): Variant("contrastive", {**group, "ppo.critic": "none"}),
         ("same responses", "offline"): Variant("contrastive"),
-        ("same responses", "fresh every step"):
-            Variant("contrastive", {"contrastive.refresh": 1, "ppo.iterations": budget // (ppo.batch_size * (1 + k))}),
-        ("same responses", "groups of 4"):
-            Variant("contrastive", {**group, "ppo.iterations": budget // ppo.batch_size})}
+        ("same responses", "fresh every step"): Variant("contrastive", fresh),
+        ("same responses", "groups of 4"): Variant("contrastive", group_in_budget),
+    }
     runs = run_variants(root, variants, seeds, "online")
-    rows = results(runs)
-    steps = curves(runs, ("gold", "kl", "seconds_rollout", "seconds_scoring", "seconds_update"))
+    rows, steps = results(runs), curves(runs, ("gold", "kl", *PHASES))
     for row in rows:
-        key = (row["setting"], row["method"])
-        out, variant = runs[key, row["seed"]], variants[key]
-        mine = [step for step in steps if all(step[name] == row[name] for name in ("setting", "method", "seed"))]
-        offline_responses, offline_seconds = offline_cost(out, variant)
-        row["responses"] = offline_responses + ppo.batch_size * len(mine) + refreshed_responses(variant, len(mine))
-        spent = list(itertools.accumulate((sum(step[f"seconds_{phase}"] for phase in ("rollout", "scoring", "update"))
-                                           for step in mine), initial=offline_seconds))[1:]
-        row["training_seconds"] = spent[-1]
-        row["gold_in_time"] = recent_gold(mine, spent, SECONDS)
+        label = row["setting"], row["method"]
+        run_steps = select(steps, setting=row["setting"], method=row["method"], seed=row["seed"])
+        responses, seconds = offline_cost(runs[label, row["seed"]], variants[label])
+        responses += batch_size * len(run_steps) + refreshed_responses(variants[label], len(run_steps))
+        step_seconds = [sum(step[phase] for phase in PHASES) for step in run_steps]
+        spent = list(itertools.accumulate(step_seconds, initial=seconds))[1:]
+        row |= {"responses": responses, "training_seconds": spent[-1]}
+        row["gold_in_time"] = recent_gold(run_steps, spent, SECONDS)
     write_csv(figures / "online.csv", rows)
     kept = ("setting", "method", "seed", "iteration", "gold", "kl")
     write_csv(figures / "online_curves.csv", [{key: row[key] for key in kept} for row in steps])
-    drawing.online(rows, steps, figures / "online.png")
-    lines = [f"\n\n| setting | baselines | responses generated | seconds of training | gold after {SECONDS} s |",
-             "| --- | --- | --- | --- | --- |"]
+    plot_online(rows, steps, figures / "online.png")
+    lines = []
     for setting, method in variants:
-        seconds = "%.1f ± %.1f" % mean_interval(values(rows, setting, method, "training_seconds"))
-        responses = statistics.fmean(values(rows, setting, method, "responses"))
-        in_time = "%.3f ± %.3f" % mean_interval(values(rows, setting, method, "gold_in_time"))
-        lines.append(f"| {setting} | {method} | {responses:.0f} | {seconds} | {in_time} |")
-    return table(rows, "at", "offline") + "\n".join(lines)
+        responses = f"{interval(rows, setting, method, 'responses')[0]:.0f}"
+        seconds = plus_minus(interval(rows, setting, method, "training_seconds"), 1)
+        in_time = plus_minus(interval(rows, setting, method, "gold_in_time"), 3)
+        lines.append([setting, method, responses, seconds, in_time])
+    head = ["setting", "baselines", "responses generated", "seconds of training", f"gold after {SECONDS} s"]
+    return table(rows, "at", "offline") + "\n\n" + markdown(head, lines)
 
 
-def recent_gold(steps, spent, seconds, window=5):
+def recent_gold(steps: list[dict], spent: list[float], seconds: float, window: int = 5) -> float:
     """Mean gold of the last five rollouts within a time, offline sampling included; of the first if there is none."""
     done = max(sum(moment <= seconds for moment in spent), 1)
-    return statistics.fmean(step["gold"] for step in steps[max(0, done - window):done])
+    return statistics.fmean(step["gold"] for step in steps[max(0, done - window) : done])
 
 
-def offline_cost(out, variant):
+def offline_cost(out: Path, variant: Variant) -> tuple[int, float]:
     """(responses, seconds) of the baselines that were drawn before training."""
     if variant.method == "ppo" or variant.settings.get("contrastive.source") == "group":
         return 0, 0.0
     report = read_json(out / "baselines" / "variance.json")
-    return report["k"] * len(load_baselines(out / "baselines")), report["seconds"]
+    return report["k"] * len(read_jsonl(out / "baselines" / "baselines.jsonl")), report["seconds"]
 
 
-def refreshed_responses(variant, iterations):
+def refreshed_responses(variant: Variant, iterations: int) -> int:
     """Responses drawn for new baselines during training: k for every prompt that comes until the next refresh."""
     config = configured("", 0, variant.method, variant.settings)
-    every, c = config.contrastive.refresh, config.ppo
-    some = [len(prompt_order(config.world.train_prompts, c, range(first, min(first + every, iterations)), 0))
-            for first in range(every, iterations, every)] if every else []
-    return config.baselines.k * sum(some)
+    every, prompts = config.contrastive.refresh, 0
+    if not every:
+        return 0
+    for first in range(every, iterations, every):
+        coming = range(first, min(first + every, iterations))
+        prompts += len(prompt_order(config.world.train_prompts, config.ppo, coming, 0))
+    return config.baselines.k * prompts
 
 
-def critic(root, figures, seeds=SEEDS):
+def critic(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
     """With which critic do contrastive rewards matter most?
 
     Prediction: a critic that follows the reward absorbs a constant per prompt by itself (GAE(r - b, V - b) is
@@ -94,25 +100,28 @@ def critic(root, figures, seeds=SEEDS):
     variance of the reward is the variance of the advantage; least with one that starts as the reward model. That one
     in turn starts from the wrong target under contrastive rewards: it predicts r and not r - b.
     """
-    variants = {(kind, method): Variant(method, {"ppo.critic": kind})
-                for kind in CRITICS for method in ("ppo", "contrastive", "adaptive")}
+    variants = {}
+    for kind in CRITICS:
+        for method in ("ppo", "contrastive", "adaptive"):
+            variants[kind, method] = Variant(method, {"ppo.critic": kind})
     runs = run_variants(root, variants, seeds, "critic")
     rows, steps = results(runs), curves(runs, ("gold", "kl", "explained_variance", "advantage_std"))
     write_csv(figures / "critic.csv", rows)
     write_csv(figures / "critic_curves.csv", steps)
-    drawing.critic(rows, steps, figures / "critic.png")
-    lines = ["\n\n| critic | method | explained variance, iterations 0-9 | 20-59 |", "| --- | --- | --- | --- |"]
+    plot_critic(rows, steps, figures / "critic.png")
+    lines = []
     for kind, method in variants:
         if kind != "none":
-            parts = [mean_over(steps, kind, method, "explained_variance", *part) for part in ((0, 10), (20, 60))]
-            lines.append(f"| {kind} | {method} | {parts[0]} | {parts[1]} |")
-    return table(rows, "critic") + "\n".join(lines)
+            run_steps = select(steps, setting=kind, method=method)
+            lines.append([kind, method] + [explained(run_steps, *part) for part in ((0, 10), (20, 60))])
+    head = ["critic", "method", "explained variance, iterations 0-9", "20-59"]
+    return table(rows, "critic") + "\n\n" + markdown(head, lines)
 
 
-def mean_over(steps, setting, method, key, first, last):
-    """'mean ± half' over seeds of a metric's mean over some iterations."""
-    by_seed = {}
-    for row in steps:
-        if (row["setting"], row["method"]) == (setting, method) and first <= row["iteration"] < last:
-            by_seed.setdefault(row["seed"], []).append(row[key])
-    return "%.2f ± %.2f" % mean_interval([statistics.fmean(part) for part in by_seed.values()])
+def explained(steps: list[dict], first: int, last: int) -> str:
+    """'mean ± half' over seeds of the explained variance's mean over some iterations."""
+    steps = [row for row in steps if first <= row["iteration"] < last]
+    means = []
+    for seed in distinct(steps, "seed"):
+        means.append(statistics.fmean(row["explained_variance"] for row in select(steps, seed=seed)))
+    return plus_minus(mean_interval(means))

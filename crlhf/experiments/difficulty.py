@@ -10,122 +10,150 @@ level. The shares of the gradient follow E[A^2 | x], in a whitened batch and wit
 Difficulty is known in the embedded world, and so are the constants that raters add to a prompt's rewards.
 """
 
-import numpy as np
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
+from torch import Tensor
 
 from .. import reviews
-from ..baselines import load_baselines
 from ..contrastive import aggregate
+from ..engine.files import stream
+from ..engine.forward import Model
 from ..evaluate import mean_interval
-from ..plots import finish, plt
+from ..pipeline.plots import STYLES, finish, plt
+from ..pipeline.run import Pipeline
 from ..policy import generate
-from ..runs import stream
-from .drawing import style_of
 from .estimators import correlation, fit_line, gradient_shares, quantile_groups
-from .harness import SEEDS, Variant, default, run_variants, write_csv
-from .variance import EARLY, analyse, open_run
+from .harness import SEEDS, Label, Variant, analyse, open_run, run_variants
+from .plotting import plot_points
+from .tables import markdown, plus_minus, select, write_csv
+from .variance import EARLY
 
-SAMPLES = 8                            # responses per training prompt of each policy
-EDGES = (0.0, 0.3, 0.45, 0.55, 0.7)    # of five bins of difficulty
-FIFTHS, TENTHS = 5, 10                 # groups by baseline reward, and of the calibration curve
+SAMPLES = 8  # responses per training prompt of each policy
+EDGES = (0.0, 0.3, 0.45, 0.55, 0.7)  # of five bins of difficulty
+FIFTHS, TENTHS = 5, 10  # groups by baseline reward, and of the calibration curve
 THIRDS = ("easy", "medium", "hard"), ("mild", "middling", "extreme")  # by difficulty, by size of the rater's constant
 SIGNALS = {"contrastive reward": "#0072B2", "raw reward": "#D55E00", "raw without constant": "#E69F00"}
+
+Found = dict[tuple, float]  # (part, policy, group, quantity) -> value
 
 
 # --------------------------------------------------------------------------------------- measuring a seed
 
 
-def measure(seed, runs):
+def measure(seed: int, runs: dict[Label, Path]) -> list[dict]:
     """All numbers of one seed: rows {seed, part, policy, group, quantity, value}."""
     pipe = open_run(runs["default", "contrastive"])
-    rows = load_baselines(pipe.run.path("baselines"))
-    prompts, k = [row["prompt"] for row in rows], len(rows[0]["responses"])
-    b = torch.tensor([row["rewards"] for row in rows])  # (N, k)
-    gold_b = reviews.gold_reward([x for x in prompts for _ in range(k)], [y for row in rows for y in row["responses"]])
-    constants = reviews.NoisyReward(lambda x, y: torch.zeros(len(x)), pipe.config.world.prompt_bias, 0.0, seed)
-    facts = {"baseline": aggregate(b), "gold of baselines": gold_b.view(-1, k).mean(1), "b": b,
-             "constant": constants(prompts, prompts),
-             "difficulty": torch.tensor([reviews.difficulty(x) for x in prompts])}
-
-    last, found = default("ppo.iterations"), []
-    fresh = respond(pipe, pipe.model("sft"), prompts, seed, "start")
-    policies = {"SFT": fresh, "contrastive": respond(pipe, pipe.model("contrastive"), prompts, seed, "contrastive")}
-    for iterations in (*EARLY, last):
-        label = "ppo" if iterations == last else f"{iterations} iterations"
-        policies[label] = respond(pipe, open_run(runs["default", label]).model("ppo"), prompts, seed, label)
+    rows = pipe.rows("baselines", "baselines")
+    prompts, facts = [row["prompt"] for row in rows], facts_of(pipe, rows)
+    fresh = sample_scores(pipe, pipe.model("sft"), prompts, seed, "start")
+    contrastive = sample_scores(pipe, pipe.model("contrastive"), prompts, seed, "contrastive")
+    policies = {"SFT": fresh, "contrastive": contrastive}
+    for name in (*early_names(), "ppo"):
+        model = open_run(runs["default", name]).model("ppo")
+        policies[name] = sample_scores(pipe, model, prompts, seed, name)
+    found = {}
     for policy, (r, gold) in policies.items():
-        found += [(*place, value) for place, value in shares(r, facts, policy).items()]
+        found |= shares(r, facts, policy)
         if policy in ("SFT", "ppo", "contrastive"):
-            found += [(*place, value) for place, value in levels(r, gold, facts, policy).items()]
+            found |= levels(r, gold, facts, policy)
         if policy in ("ppo", "contrastive"):
-            found += [(*place, value) for place, value in calibration(r, gold, fresh[1], facts, policy).items()]
-    return [{"seed": seed, "part": part, "policy": policy, "group": group, "quantity": quantity, "value": value}
-            for part, policy, group, quantity, value in found]
+            found |= calibration(r, gold, fresh[1], facts, policy)
+    names = ("part", "policy", "group", "quantity")
+    return [{"seed": seed, **dict(zip(names, place)), "value": value} for place, value in found.items()]
 
 
-def respond(pipe, policy, prompts, seed, name):
+def early_names() -> list[str]:
+    """Labels of the shorter runs."""
+    return [f"{iterations} iterations" for iterations in EARLY]
+
+
+def facts_of(pipe: Pipeline, rows: list[dict]) -> dict[str, Tensor]:
+    """What is known of N training prompts from their offline baselines and from the world: (N,) each."""
+    prompts, k = [row["prompt"] for row in rows], len(rows[0]["responses"])
+    repeated = [prompt for prompt in prompts for _ in range(k)]
+    gold = reviews.gold_reward(repeated, [response for row in rows for response in row["responses"]])
+    sd, seed = pipe.config.world.prompt_bias, pipe.config.run.seed
+    constants = reviews.NoisyReward(lambda prompts, responses: torch.zeros(len(prompts)), sd, 0.0, seed)
+    return {
+        "baseline": aggregate(torch.tensor([row["rewards"] for row in rows])),
+        "gold of baselines": gold.view(-1, k).mean(1),
+        "constant": constants(prompts, prompts),
+        "difficulty": torch.tensor([reviews.difficulty(prompt) for prompt in prompts]),
+    }
+
+
+def sample_scores(pipe: Pipeline, policy: Model, prompts: list[str], seed: int, name: str) -> list[Tensor]:
     """(N, m) rewards as PPO sees them, and (N, m) gold scores, of a policy's responses to N prompts."""
-    texts, _, _ = generate(policy, pipe.tokenizer(), prompts, pipe.config.data.max_response_tokens,
-                           generator=stream(seed, "difficulty", name), k=SAMPLES)
+    length, generator = pipe.config.data.max_response_tokens, stream(seed, "difficulty", name)
+    responses, *_ = generate(policy, pipe.tokenizer(), prompts, length, generator=generator, k=SAMPLES)
     repeated = [prompt for prompt in prompts for _ in range(SAMPLES)]
-    return [judge(repeated, texts).view(-1, SAMPLES) for judge in (pipe.noisy_reward(), reviews.gold_reward)]
+    return [judge(repeated, responses).view(-1, SAMPLES) for judge in (pipe.noisy_reward(), reviews.gold_reward)]
 
 
-def levels(r, gold, facts, policy):
-    """Means by known difficulty and by baseline reward, and slopes on the baseline reward: {place: value}."""
-    columns = {"raw": r.mean(1), "contrastive": r.mean(1) - facts["baseline"], "gold": gold.mean(1),
-               "progress": gold.mean(1) - facts["gold of baselines"]}
+def levels(r: Tensor, gold: Tensor, facts: dict[str, Tensor], policy: str) -> Found:
+    """Means by known difficulty and by baseline reward, and slopes on the baseline reward."""
+    columns = {
+        "raw": r.mean(1),
+        "contrastive": r.mean(1) - facts["baseline"],
+        "gold": gold.mean(1),
+        "progress": gold.mean(1) - facts["gold of baselines"],
+    }
     bins = torch.bucketize(facts["difficulty"], torch.tensor(EDGES[1:]), right=True)
-    fifths = quantile_groups(facts["baseline"], FIFTHS)
-    found = {}
-    for part, groups, x, n in (("difficulty", bins, facts["difficulty"], len(EDGES)),
-                               ("baseline reward", fifths, facts["baseline"], FIFTHS)):
+    fifths, found = quantile_groups(facts["baseline"], FIFTHS), {}
+    for part, groups, x, n in (
+        ("difficulty", bins, facts["difficulty"], len(EDGES)),
+        ("baseline reward", fifths, facts["baseline"], FIFTHS),
+    ):
         for quantity, values in {**columns, "x": x}.items():
-            found |= {(part, policy, g, quantity): values[groups == g].mean().item() for g in range(n)}
-        found |= {(part, policy, "slope", quantity): fit_line(x, values)[0] for quantity, values in columns.items()}
+            for g in range(n):
+                found[part, policy, g, quantity] = values[groups == g].mean().item()
+        for quantity, values in columns.items():
+            found[part, policy, "slope", quantity] = fit_line(x, values)[0]
     return found
 
 
-def shares(r, facts, policy):
+def shares(r: Tensor, facts: dict[str, Tensor], policy: str) -> Found:
     """Share of the squared whitened advantages by third of difficulty, and by third of the constant's size."""
-    kinds = {"raw": r, "contrastive": r - facts["baseline"][:, None]}
-    information = r.var(1)  # what is left of A^2 if every prompt's level is known
-    found = {}
-    for part, names, values in (("share by difficulty", THIRDS[0], facts["difficulty"]),
-                                ("share by constant", THIRDS[1], facts["constant"].abs())):
+    information, found = r.var(1), {}  # what is left of A^2 if every prompt's level is known
+    for part, names, values in (
+        ("share by difficulty", THIRDS[0], facts["difficulty"]),
+        ("share by constant", THIRDS[1], facts["constant"].abs()),
+    ):
         groups = quantile_groups(values, 3)
-        for quantity, rewards in kinds.items():
-            found |= {(part, policy, name, quantity): share.item()
-                      for name, share in zip(names, gradient_shares(rewards, groups, 3))}
-        found |= {(part, policy, name, "information"): (information[groups == g].sum() / information.sum()).item()
-                  for g, name in enumerate(names)}
+        for quantity, rewards in (("raw", r), ("contrastive", r - facts["baseline"][:, None])):
+            for name, share in zip(names, gradient_shares(rewards, groups, 3).tolist()):
+                found[part, policy, name, quantity] = share
+        for g, name in enumerate(names):
+            found[part, policy, name, "information"] = (information[groups == g].sum() / information.sum()).item()
     return found
 
 
-def calibration(r, gold, fresh_gold, facts, policy):
+def calibration(r: Tensor, gold: Tensor, fresh_gold: Tensor, facts: dict[str, Tensor], policy: str) -> Found:
     """Rewards per prompt against true improvement, over the prompt's own baselines and over fresh SFT responses."""
-    signals = {"contrastive reward": r.mean(1) - facts["baseline"], "raw reward": r.mean(1),
-               "raw without constant": r.mean(1) - facts["constant"]}
-    gains = {"own baselines": gold.mean(1) - facts["gold of baselines"], "fresh SFT": gold.mean(1) - fresh_gold.mean(1)}
+    raw, own_gain = r.mean(1), gold.mean(1) - facts["gold of baselines"]
+    signals = dict(zip(SIGNALS, (raw - facts["baseline"], raw, raw - facts["constant"])))
     found = {}
-    for over, gain in gains.items():
+    for over, gain in (("own baselines", own_gain), ("fresh SFT", gold.mean(1) - fresh_gold.mean(1))):
         for signal, x in signals.items():
             slope, intercept = fit_line(x, gain)
-            found |= {("calibration", policy, over, f"{signal}: slope"): slope,
-                      ("calibration", policy, over, f"{signal}: intercept"): intercept,
-                      ("calibration", policy, over, f"{signal}: correlation"): correlation(x, gain)}
+            found["calibration", policy, over, f"{signal}: slope"] = slope
+            found["calibration", policy, over, f"{signal}: intercept"] = intercept
+            found["calibration", policy, over, f"{signal}: correlation"] = correlation(x, gain)
     for signal, x in signals.items():
         tenths = quantile_groups(x, TENTHS)
         for g in range(TENTHS):
-            found |= {("curve", policy, g, f"{signal}: {axis}"): values[tenths == g].mean().item()
-                      for axis, values in (("x", x), ("y", gains["own baselines"]))}
+            found["curve", policy, g, f"{signal}: x"] = x[tenths == g].mean().item()
+            found["curve", policy, g, f"{signal}: y"] = own_gain[tenths == g].mean().item()
     return found
 
 
 # ----------------------------------------------------------------------------------------- the experiment
 
 
-def difficulty(root, figures, seeds=SEEDS):
+def difficulty(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
     """What do raw and contrastive rewards say of easy and hard prompts, and who gets the gradient?
 
     Prediction, for raters with constants of standard deviation 1 per prompt. (1) The opening counts in gold, so gold
@@ -142,98 +170,123 @@ def difficulty(root, figures, seeds=SEEDS):
     about 0.7 for r_CR and less than half of that for the raw reward, which the constants dilute.
     """
     variants = {("default", method): Variant(method) for method in ("ppo", "contrastive")}
-    variants |= {("default", f"{n} iterations"): Variant("ppo", {"ppo.iterations": n}) for n in EARLY}
+    for name, iterations in zip(early_names(), EARLY):
+        variants["default", name] = Variant("ppo", {"ppo.iterations": iterations})
     rows = analyse(root, "difficulty", measure, run_variants(root, variants, seeds, "difficulty"), seeds)
     write_csv(figures / "difficulty.csv", rows)
-    draw_difficulty(rows, figures / "difficulty.png")
+    plot_difficulty(rows, figures / "difficulty.png")
     return difficulty_table(rows)
 
 
-def over_seeds(rows, part, policy, group, quantity):
-    """(mean, half-width) over seeds. A bin that is empty in some seed is left out there."""
-    mine = [row["value"] for row in rows if (row["part"], row["policy"], row["group"], row["quantity"]) ==
-            (part, policy, group, quantity)]
-    return mean_interval([value for value in mine if value == value])
+def over_seeds(rows: list[dict], part: str, policy: str, group: str | int, quantity: str) -> tuple[float, float]:
+    """(mean, half) over seeds. A bin that is empty in some seed is left out there."""
+    chosen = [row["value"] for row in select(rows, part=part, policy=policy, group=group, quantity=quantity)]
+    return mean_interval([value for value in chosen if not math.isnan(value)])
 
 
 # ----------------------------------------------------------------------------------------- table, figure
 
 
-def difficulty_table(rows):
-    text = lambda *place: "%.2f ± %.2f" % over_seeds(rows, *place)
-    lines = ["| slope per unit | policy | raw reward | contrastive reward | gold | progress in gold |",
-             "| --- | --- | --- | --- | --- | --- |"]
+def difficulty_table(rows: list[dict]) -> str:
+    def texts(part: str, policy: str, group: str, quantities: Sequence[str]) -> list[str]:
+        return [plus_minus(over_seeds(rows, part, policy, group, quantity)) for quantity in quantities]
+
+    slopes, parts, lines = [], [], []
     for part in ("difficulty", "baseline reward"):
         for policy in ("SFT", "ppo", "contrastive"):
-            values = " | ".join(text(part, policy, "slope", key) for key in ("raw", "contrastive", "gold", "progress"))
-            lines.append(f"| of {part} | {policy} | {values} |")
-    lines += ["", "| share of squared advantages | policy | raw | contrastive | information |",
-              "| --- | --- | --- | --- | --- |"]
-    for part, group in (("share by difficulty", "easy"), ("share by difficulty", "hard"),
-                        ("share by constant", "extreme")):
-        for policy in ("SFT", *(f"{n} iterations" for n in EARLY), "ppo", "contrastive"):
-            values = " | ".join(text(part, policy, group, key) for key in ("raw", "contrastive", "information"))
-            lines.append(f"| {group} third{' (constants)' * (group == 'extreme')} | {policy} | {values} |")
-    lines += ["", "| calibration per prompt | policy | slope | intercept | correlation |",
-              "| --- | --- | --- | --- | --- |"]
+            found = texts(part, policy, "slope", ("raw", "contrastive", "gold", "progress"))
+            slopes.append([f"of {part}", policy, *found])
+    for part, group, name in (
+        ("share by difficulty", "easy", "easy third"),
+        ("share by difficulty", "hard", "hard third"),
+        ("share by constant", "extreme", "extreme third (constants)"),
+    ):
+        for policy in ("SFT", *early_names(), "ppo", "contrastive"):
+            parts.append([name, policy, *texts(part, policy, group, ("raw", "contrastive", "information"))])
     for over in ("own baselines", "fresh SFT"):
         for policy in ("ppo", "contrastive"):
             for signal in SIGNALS:
-                values = " | ".join(text("calibration", policy, over, f"{signal}: {key}")
-                                    for key in ("slope", "intercept", "correlation"))
-                lines.append(f"| {signal}, gold gained over {over} | {policy} | {values} |")
-    return "\n".join(lines)
+                quantities = [f"{signal}: {name}" for name in ("slope", "intercept", "correlation")]
+                found = texts("calibration", policy, over, quantities)
+                lines.append([f"{signal}, gold gained over {over}", policy, *found])
+    rewards = ["raw reward", "contrastive reward", "gold", "progress in gold"]
+    heads = (
+        ["slope per unit", "policy", *rewards],
+        ["share of squared advantages", "policy", "raw", "contrastive", "information"],
+        ["calibration per prompt", "policy", "slope", "intercept", "correlation"],
+    )
+    tables = [markdown(head, body) for head, body in zip(heads, (slopes, parts, lines))]
+    return "\n\n".join(tables)
 
 
-def draw_difficulty(rows, path):
+def plot_difficulty(rows: list[dict], path: Path) -> str:
     figure, axes = plt.subplots(2, 2, figsize=(10.5, 7.6))
-
-    def curve(axis, part, policy, groups, x, y, **style):
-        points = np.array([[*over_seeds(rows, part, policy, g, x)[:1], *over_seeds(rows, part, policy, g, y)]
-                           for g in groups])
-        axis.errorbar(points[:, 0], points[:, 1], points[:, 2], markersize=4, capsize=2, **style)
-
-    lines = (("raw", "contrastive", "raw reward", "#D55E00", "-", "o"),
-             ("contrastive", "contrastive", "contrastive reward", "#0072B2", "--", "s"),
-             ("progress", "contrastive", "progress in gold", "#009E73", "-.", "^"),
-             ("contrastive", "SFT", "contrastive reward, before training", "#777777", ":", "v"))
-    for axis, part, n, name in ((axes[0, 0], "difficulty", len(EDGES), "difficulty of the opening (0 praise, 1 scorn)"),
-                                (axes[0, 1], "baseline reward", FIFTHS, "mean reward of the prompt's baselines")):
-        for key, policy, label, colour, style, marker in lines:
-            curve(axis, part, policy, range(n), "x", key, color=colour, linestyle=style, marker=marker, label=label)
-        axis.set(xlabel=name, ylabel="reward, or gold points", title=f"After contrastive PPO, by {part}")
+    plot_levels(axes[0, 0], rows, "difficulty", len(EDGES))
+    axes[0, 0].set_xlabel("difficulty of the opening (0 praise, 1 scorn)")
     axes[0, 0].legend(fontsize=8, loc=(0.02, 0.13))
-
-    policies = {"SFT": "0", **{f"{n} iterations": str(n) for n in EARLY}, "ppo": "end"}
-    panels = (("share by constant", "extreme", "extreme constants", "-"), ("share by difficulty", "hard", "hard", ":"))
-    for part, group, name, style in panels:
-        for number, (kind, method) in enumerate((("raw", "ppo"), ("contrastive", "contrastive"))):
-            _, colour, _ = style_of(method, 0)
-            means, halves = zip(*(over_seeds(rows, part, policy, group, kind) for policy in policies))
-            axes[1, 0].errorbar(np.arange(len(policies)) + 0.06 * (2 * number - 1), means, halves, color=colour,
-                                linestyle=style, marker="o", markersize=4, capsize=2, label=f"{kind}: third with {name}"
-                                if group == "extreme" else f"{kind}: hard third")
-    axes[1, 0].axhline(1 / 3, color="black", linewidth=0.8)
-    axes[1, 0].set_xticks(range(len(policies)), policies.values())
-    axes[1, 0].set(xlabel="iterations of plain PPO", ylabel="share of squared advantages", ylim=(0, 1),
-                   title="Who gets the gradient (no critic)")
-    axes[1, 0].legend(fontsize=8, loc=(0.3, 0.45))
-
-    for (signal, colour), style, marker in zip(SIGNALS.items(), ("--", "-", ":"), "so^"):
-        r = over_seeds(rows, "calibration", "contrastive", "own baselines", f"{signal}: correlation")
-        curve(axes[1, 1], "curve", "contrastive", range(TENTHS), f"{signal}: x", f"{signal}: y", color=colour,
-              linestyle=style, marker=marker, label=f"{signal}: correlation %.2f ± %.2f" % r)
-    axes[1, 1].axhline(0, color="black", linewidth=0.8)
-    axes[1, 1].set(xlabel="reward of a prompt (mean of a tenth of the prompts)",
-                   ylabel="gold gained over its baselines", title="Calibration after contrastive PPO")
-    axes[1, 1].legend(fontsize=8)
+    plot_levels(axes[0, 1], rows, "baseline reward", FIFTHS)
+    axes[0, 1].set_xlabel("mean reward of the prompt's baselines")
+    plot_shares(axes[1, 0], rows)
+    plot_calibration(axes[1, 1], rows)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
-    shares_of = {kind: over_seeds(rows, "share by constant", "SFT", "extreme", kind) for kind in ("raw", "contrastive")}
+    kinds = ("raw", "contrastive")
+    raw, contrastive = (over_seeds(rows, "share by constant", "SFT", "extreme", kind)[0] for kind in kinds)
     slope = over_seeds(rows, "calibration", "contrastive", "own baselines", "contrastive reward: slope")
     fresh = over_seeds(rows, "calibration", "contrastive", "fresh SFT", "contrastive reward: correlation")
-    figure.suptitle("The third of prompts with the most extreme rater constants takes %.0f%% of the raw gradient and "
-                    "%.0f%% of the contrastive one;\na unit of contrastive reward stands for %.2f ± %.2f of gold over "
-                    "the same baselines; with gain over fresh SFT responses it correlates by %.2f ± %.2f"
-                    % (100 * shares_of["raw"][0], 100 * shares_of["contrastive"][0], *slope, *fresh), fontsize=10)
+    figure.suptitle(
+        f"The third of prompts with the most extreme rater constants takes {raw:.0%} of the raw gradient and "
+        f"{contrastive:.0%} of the contrastive one;\na unit of contrastive reward stands for {plus_minus(slope)} of "
+        "gold over the same baselines; with gain over fresh SFT responses it correlates by " + plus_minus(fresh),
+        fontsize=10,
+    )
     return finish(figure, path)
+
+
+def plot_groups(axis: plt.Axes, rows: list[dict], places: list[tuple], x: str, y: str, **style: object) -> None:
+    """One line over groups. places: (part, policy, group) of each; x and y: their quantities."""
+    xs = [over_seeds(rows, *place, x)[0] for place in places]
+    plot_points(axis, xs, [over_seeds(rows, *place, y) for place in places], **style)
+
+
+def plot_levels(axis: plt.Axes, rows: list[dict], part: str, n: int) -> None:
+    for quantity, policy, label, color, line, marker in (
+        ("raw", "contrastive", "raw reward", "#D55E00", "-", "o"),
+        ("contrastive", "contrastive", "contrastive reward", "#0072B2", "--", "s"),
+        ("progress", "contrastive", "progress in gold", "#009E73", "-.", "^"),
+        ("contrastive", "SFT", "contrastive reward, before training", "#777777", ":", "v"),
+    ):
+        places, style = [(part, policy, g) for g in range(n)], {"color": color, "linestyle": line, "marker": marker}
+        plot_groups(axis, rows, places, "x", quantity, label=label, **style)
+    axis.set(ylabel="reward, or gold points", title=f"After contrastive PPO, by {part}")
+
+
+def plot_shares(axis: plt.Axes, rows: list[dict]) -> None:
+    policies, colors = ("SFT", *early_names(), "ppo"), {"raw": STYLES["ppo"].color}
+    colors["contrastive"] = STYLES["contrastive"].color
+    for part, group, name, line in (
+        ("share by constant", "extreme", "third with extreme constants", "-"),
+        ("share by difficulty", "hard", "hard third", ":"),
+    ):
+        for shift, (kind, color) in zip((-0.06, 0.06), colors.items()):
+            pairs = [over_seeds(rows, part, policy, group, kind) for policy in policies]
+            places = [place + shift for place in range(len(policies))]
+            plot_points(axis, places, pairs, color=color, linestyle=line, label=f"{kind}: {name}")
+    axis.axhline(1 / 3, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(policies)), ["0", *map(str, EARLY), "end"])
+    axis.set(xlabel="iterations of plain PPO", ylabel="share of squared advantages", ylim=(0, 1))
+    axis.set_title("Who gets the gradient (no critic)")
+    axis.legend(fontsize=8, loc=(0.3, 0.45))
+
+
+def plot_calibration(axis: plt.Axes, rows: list[dict]) -> None:
+    places = [("curve", "contrastive", g) for g in range(TENTHS)]
+    for (signal, color), line, marker in zip(SIGNALS.items(), ("--", "-", ":"), "so^"):
+        fit = over_seeds(rows, "calibration", "contrastive", "own baselines", f"{signal}: correlation")
+        style = {"color": color, "linestyle": line, "marker": marker}
+        label = f"{signal}: correlation {plus_minus(fit)}"
+        plot_groups(axis, rows, places, f"{signal}: x", f"{signal}: y", label=label, **style)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set(xlabel="reward of a prompt (mean of a tenth of the prompts)", ylabel="gold gained over its baselines")
+    axis.set_title("Calibration after contrastive PPO")
+    axis.legend(fontsize=8)

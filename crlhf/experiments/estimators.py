@@ -5,17 +5,19 @@ prompts" is the variance, with divisor N - 1, over these N.
 """
 
 import torch
+from torch import Tensor
 
 from ..contrastive import best_coefficient
+from ..engine.forward import Model
+from ..engine.text import Batch
 from ..policy import response_log_probs
 from ..ppo import whiten
 from ..reward import variance_parts
 
-
 # ----------------------------------------------------------------------------------------- the variance law
 
 
-def components(r, b):
+def components(r: Tensor, b: Tensor) -> dict[str, float]:
     """Unbiased terms of the law from (N, m) rewards of a policy and (N, k) independent rewards of baselines.
 
     moved: Var_x(m_pi - m_ref). The variance of the difference of two means holds their noise too, which is taken off.
@@ -26,27 +28,27 @@ def components(r, b):
     return {"between": between, "within": within, "between_ref": between_ref, "within_ref": within_ref, "moved": moved}
 
 
-def law(parts, k):
+def law(parts: dict[str, float], k: int) -> float:
     """Var(r - b_k)."""
     return parts["moved"] + parts["within"] + parts["within_ref"] / k
 
 
-def covariance(parts):
+def covariance(parts: dict[str, float]) -> float:
     """Cov_x(m_pi, m_ref), by polarisation."""
     return (parts["between"] + parts["between_ref"] - parts["moved"]) / 2
 
 
-def best_share(parts, k):
+def best_share(parts: dict[str, float], k: int) -> float:
     """c* = Cov(r, b_k) / Var(b_k), kept in [0, 1] as in training."""
     return best_coefficient(0.0, 0.0, covariance(parts), parts["between_ref"] + parts["within_ref"] / k)
 
 
-def windows(values, k, first=0):
+def windows(values: Tensor, k: int, first: int = 0) -> Tensor:
     """Means of k columns of (N, m) values: column j of the result averages columns j + first, ..., cyclically."""
     return sum(values.roll(-first - i, 1) for i in range(k)) / k
 
 
-def batch_variance(values):
+def batch_variance(values: Tensor) -> float:
     """Variance over prompts with one response each, as in a rollout batch, averaged over the columns of (N, m)."""
     return values.var(0).mean().item()
 
@@ -54,7 +56,7 @@ def batch_variance(values):
 # -------------------------------------------------------------------------- the variance of a policy gradient
 
 
-def gradient_trace(square_norms, advantages, mean_gradient, n):
+def gradient_trace(square_norms: Tensor, advantages: Tensor, mean_gradient: Tensor, n: int) -> float:
     """Trace of the covariance of the gradient (1/n) sum_i A_i s_i of a minibatch of n independent samples.
 
     s_i is the score, grad log pi(y_i | x_i). tr Cov = (E|A s|^2 - |E A s|^2) / n, here without bias from N >= n
@@ -66,7 +68,7 @@ def gradient_trace(square_norms, advantages, mean_gradient, n):
     return (spread * N / (N - 1) / n).item()
 
 
-def score_gradients(policy, batch, weights):
+def score_gradients(policy: Model, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Scores s_i of N responses, one at a time: their (N,) squared norms, and the (V, P) means of weights[v, i] s_i.
 
     weights: (V, N), V kinds of advantages. One backward pass a response serves all kinds.
@@ -85,24 +87,24 @@ def score_gradients(policy, batch, weights):
 # ------------------------------------------------------------------------------------ lines, shares, groups
 
 
-def fit_line(x, y):
+def fit_line(x: Tensor, y: Tensor) -> tuple[float, float]:
     """Least squares of (N,) y on (N,) x: (slope, intercept)."""
     slope = ((x - x.mean()) * (y - y.mean())).mean() / ((x - x.mean()) ** 2).mean()
     return slope.item(), (y.mean() - slope * x.mean()).item()
 
 
-def correlation(x, y):
+def correlation(x: Tensor, y: Tensor) -> float:
     """Pearson's, of two (N,)."""
     return torch.corrcoef(torch.stack([x, y]))[0, 1].item()
 
 
-def quantile_groups(values, n):
+def quantile_groups(values: Tensor, n: int) -> Tensor:
     """(N,) group numbers 0 ... n - 1 of nearly equal size, in order of the values; ties in order of appearance."""
     ranks = values.argsort(stable=True).argsort()
     return ranks * n // len(values)
 
 
-def gradient_shares(rewards, groups, n):
+def gradient_shares(rewards: Tensor, groups: Tensor, n: int) -> Tensor:
     """Share of the squared whitened advantages that each of n groups of prompts takes: (N, m), (N,) -> (n,).
 
     Without a critic the whitened reward is the advantage of every token, so these are the weights with which the

@@ -2,41 +2,54 @@
 
 import re
 import shutil
-import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from .. import reviews
-from ..baselines import load_baselines, save_baselines
+from ..engine.files import read_jsonl, stream, write_jsonl
 from ..policy import generate
 from ..reviews import EXPLOIT
-from ..runs import read_jsonl, stream, write_jsonl
-from . import drawing
-from .harness import (SEEDS, Variant, base_name, configured, copy_base, curves, methods_of, prepare_bases, results,
-                      run_jobs, run_variants, settings_of, silent_pipeline, table, values, write_csv)
+from .harness import (
+    SEEDS,
+    Variant,
+    base_name,
+    configured,
+    copy_base,
+    curves,
+    is_finished,
+    open_run,
+    prepare_bases,
+    results,
+    run_jobs,
+    run_variants,
+    silent_pipeline,
+)
+from .plotting import plot_adversary, plot_overoptimisation
+from .tables import interval, labels_of, table, write_csv
 
 METHODS = ("ppo", "contrastive")
 FOOLED = {"world.fooled": 1.0}
 EDITS = {True: "phrase in all baselines", False: "phrase in no baseline"}
 
 
-def overoptimisation(root, figures, seeds=SEEDS):
+def overoptimisation(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
     """With no KL price and more steps: when does gold turn down while the reward still rises?
 
     Prediction: gold rises, then falls behind the reward as the KL grows (Gao et al. 2023). The contrast subtracts a
     constant per prompt, so the errors of the reward model that the policy climbs into stay as they were: contrastive
     rewards should hack as plain ones do.
     """
-    variants = {("no KL price", method): Variant(method, {"ppo.kl_coef": 0.0, "ppo.iterations": 100})
-                for method in METHODS}
+    settings = {"ppo.kl_coef": 0.0, "ppo.iterations": 100}
+    variants = {("no KL price", method): Variant(method, settings) for method in METHODS}
     runs = run_variants(root, variants, seeds, "overoptimisation")
     rows, steps = results(runs), curves(runs, ("gold", "reward", "kl", "ended", "response_length"))
     write_csv(figures / "overoptimisation.csv", rows)
     write_csv(figures / "overoptimisation_curves.csv", steps)
-    drawing.overoptimisation(steps, figures / "overoptimisation.png")
+    plot_overoptimisation(steps, figures / "overoptimisation.png")
     return table(rows, "setting")
 
 
-def adversary(root, figures, seeds=SEEDS):
+def adversary(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
     """Raters who fall for a phrase teach the reward model a hole. Does the contrast help, and what mends it?
 
     Prediction: PPO finds the phrase with every reward. Whether the baselines hold the phrase changes only the
@@ -44,41 +57,47 @@ def adversary(root, figures, seeds=SEEDS):
     a reward model retrained on pairs with the policy's own exploits, labelled by raters who don't fall for it; then
     contrastive and plain rewards are mended alike.
     """
-    prepare_bases(root, seeds, [FOOLED])
-    folders = {seed: Path(root) / f"seed{seed}" for seed in seeds}
-    run_jobs([(edited_base, str(folder), seed, with_phrase) for seed, folder in folders.items() for with_phrase in EDITS
-              if not (folder / f"base {EDITS[with_phrase]}" / "held_out.jsonl").exists()], "edited baselines")
+    folders = [(root / f"seed{seed}", seed) for seed in seeds]
     fooled = {("fooled raters", method): Variant(method, FOOLED) for method in METHODS}
-    fooled |= {("fooled raters", f"contrastive, {EDITS[with_phrase]}"):
-               Variant("contrastive", FOOLED, f"base {EDITS[with_phrase]}") for with_phrase in EDITS}
-    runs = run_variants(root, fooled, seeds, "fooled raters")
-    run_jobs([(retrained_base, str(folder), seed) for seed, folder in folders.items()
-              if not (folder / "base retrained" / "held_out.jsonl").exists()], "reward models retrained on exploits")
+    for name in EDITS.values():
+        fooled["fooled raters", f"contrastive, {name}"] = Variant("contrastive", FOOLED, f"base {name}")
     again = {("retrained on exploits", method): Variant(method, FOOLED, "base retrained") for method in METHODS}
     honest = {("honest raters", method): Variant(method) for method in METHODS}
-    runs = run_variants(root, honest, seeds, "honest raters") | runs | run_variants(root, again, seeds, "retrained")
-    rows = results(runs)
+
+    prepare_bases(root, seeds, [FOOLED])
+    jobs = []
+    for folder, seed in folders:
+        for with_phrase, name in EDITS.items():
+            if not is_finished(folder / f"base {name}"):
+                jobs.append((edited_base, folder, seed, with_phrase))
+    run_jobs(jobs, "edited baselines")
+    fooled_runs = run_variants(root, fooled, seeds, "fooled raters")
+    jobs = [(retrained_base, *pair) for pair in folders if not is_finished(pair[0] / "base retrained")]
+    run_jobs(jobs, "reward models retrained on exploits")
+    honest_runs = run_variants(root, honest, seeds, "honest raters")
+    rows = results(honest_runs | fooled_runs | run_variants(root, again, seeds, "retrained"))
     write_csv(figures / "adversary.csv", rows)
-    drawing.adversary(rows, figures / "adversary.png")
-    shares = [f"{setting}, {method}: {statistics.fmean(values(rows, setting, method, 'exploit')):.0%}"
-              for setting in settings_of(rows) for method in methods_of(rows, setting)]
+    plot_adversary(rows, figures / "adversary.png")
+    shares = []
+    for setting, method in labels_of(rows):
+        shares.append(f"{setting}, {method}: {interval(rows, setting, method, 'exploit')[0]:.0%}")
     return table(rows, "raters") + "\n\nResponses with the phrase: " + "; ".join(shares)
 
 
-def edited_base(folder, seed, with_phrase):
+def edited_base(folder: Path, seed: int, with_phrase: bool) -> None:
     """In a process of its own: the fooled raters' base with the phrase in every baseline, or in none."""
-    source, target = Path(folder) / base_name(FOOLED), Path(folder) / f"base {EDITS[with_phrase]}"
+    source, target = folder / base_name(FOOLED), folder / f"base {EDITS[with_phrase]}"
     copy_base(source, target)
-    reward = silent_pipeline(configured(target, seed, "contrastive", FOOLED), None).noisy_reward()
-    rows = load_baselines(target / "baselines")
+    reward = silent_pipeline(configured(target, seed, "contrastive", FOOLED)).noisy_reward()
+    rows = read_jsonl(target / "baselines" / "baselines.jsonl")
     for row in rows:
         row["responses"] = [edited(response, with_phrase) for response in row["responses"]]
         row["rewards"] = reward([row["prompt"]] * len(row["responses"]), row["responses"]).tolist()
-    save_baselines(target / "baselines", rows)
+    write_jsonl(target / "baselines" / "baselines.jsonl", rows)
     shutil.copy(source / "held_out.jsonl", target / "held_out.jsonl")
 
 
-def edited(response, with_phrase):
+def edited(response: str, with_phrase: bool) -> str:
     """Put a sentence with the phrase in front where there is none; or take every such sentence out."""
     if with_phrase:
         return response if EXPLOIT in response else f"{EXPLOIT} camera . {response}"
@@ -86,23 +105,22 @@ def edited(response, with_phrase):
     return "".join(kept).strip() or "the camera was decent ."
 
 
-def retrained_base(folder, seed):
+def retrained_base(folder: Path, seed: int) -> None:
     """In a process of its own: a new reward model from the old pairs and as many with the hacked policy's responses.
 
     The new pairs hold a response of the SFT policy and one of plain PPO's policy, which exploits the hole. Their
     raters err in the usual share of labels, and don't fall for the phrase.
     """
-    folder = Path(folder)
     source, target = folder / base_name(FOOLED), folder / "base retrained"
-    hacked = folder / Variant("ppo", FOOLED).name()
     copy_base(source, target, ("data", "sft", "preferences"))
-    pipeline = silent_pipeline(configured(target, seed, "contrastive", FOOLED), None)
-    world, tokenizer = pipeline.config.world, pipeline.tokenizer()
+    pipeline = silent_pipeline(configured(target, seed, "contrastive", FOOLED))
+    world, tokenizer, length = pipeline.config.world, pipeline.tokenizer(), pipeline.config.data.max_response_tokens
     prompts = reviews.make_prompts(world.pairs, f"{seed}-exploits", avoid=pipeline.prompts("eval"))
-    sides = [generate(model, tokenizer, prompts, pipeline.config.data.max_response_tokens,
-                      generator=stream(seed, "exploits", side))[0]
-             for side, model in enumerate((pipeline.model("sft"), silent_pipeline(
-                 configured(hacked, seed, "ppo", FOOLED), None).model("ppo")))]
+    policies = pipeline.model("sft"), open_run(folder / Variant("ppo", FOOLED).name()).model("ppo")
+    sides = []
+    for side, policy in enumerate(policies):
+        responses, *_ = generate(policy, tokenizer, prompts, length, generator=stream(seed, "exploits", side))
+        sides.append(responses)
     new = reviews.make_preferences(prompts, *sides, f"{seed}-exploits", world.label_flips, world.flips)
     path = target / "preferences" / "preferences.jsonl"
     write_jsonl(path, read_jsonl(path) + new)

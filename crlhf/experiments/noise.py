@@ -1,16 +1,24 @@
 """Noisy raters and noisy reward models: does comparing with baselines withstand them in training?"""
 
-from . import drawing
-from .harness import SEEDS, Variant, results, run_variants, table, write_csv
+from collections.abc import Sequence
+from pathlib import Path
 
-AXES = {"label flips, uniform": {f"flips {rate:g}": {"world.label_flips": rate} for rate in (0.0, 0.2, 0.4)},
-        "label flips, by difficulty": {"hard flips 0": {"world.label_flips": 0.0},
-                                       "hard flips 0.4": {"world.label_flips": 0.4, "world.flips": "difficulty"}},
-        "rater bias per prompt (sd)": {f"bias {sd:g}": {"world.prompt_bias": sd} for sd in (0.0, 1.0, 2.0)},
-        "noise per response (sd)": {f"noise {sd:g}": {"world.score_noise": sd} for sd in (0.0, 1.0, 2.0)}}
+from .harness import SEEDS, Variant, results, run_variants
+from .plotting import plot_noise
+from .tables import table, write_csv
+
+AXES = {
+    "label flips, uniform": {f"flips {rate:g}": {"world.label_flips": rate} for rate in (0.0, 0.2, 0.4)},
+    "label flips, by difficulty": {
+        "hard flips 0": {"world.label_flips": 0.0},
+        "hard flips 0.4": {"world.label_flips": 0.4, "world.flips": "difficulty"},
+    },
+    "rater bias per prompt (sd)": {f"bias {sd:g}": {"world.prompt_bias": sd} for sd in (0.0, 1.0, 2.0)},
+    "noise per response (sd)": {f"noise {sd:g}": {"world.score_noise": sd} for sd in (0.0, 1.0, 2.0)},
+}
 
 
-def noise(root, figures, seeds=SEEDS):
+def noise(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
     """What does each kind of noise do to plain, contrastive and adaptive PPO?
 
     Prediction. A constant per prompt (rater bias) is what the contrast removes: plain PPO loses gold as it grows,
@@ -19,11 +27,14 @@ def noise(root, figures, seeds=SEEDS):
     responses but not within one; the baselines carry it too, so contrastive rewards have (1 + 1/k) times its
     variance: a slight loss.
     """
-    variants = {(setting, method): Variant(method, knobs) for points in AXES.values()
-                for setting, knobs in points.items() for method in ("ppo", "contrastive", "adaptive")}
+    axis_of, variants = {}, {}
+    for axis, points in AXES.items():
+        for setting, knobs in points.items():
+            axis_of[setting] = axis
+            for method in ("ppo", "contrastive", "adaptive"):
+                variants[setting, method] = Variant(method, knobs)
     rows = results(run_variants(root, variants, seeds, "noise"))
-    axis_of = {setting: axis for axis, points in AXES.items() for setting in points}
     rows = [{"axis": axis_of[row["setting"]], **row} for row in rows]
     write_csv(figures / "noise.csv", rows)
-    drawing.noise(rows, figures / "noise.png")
+    plot_noise(rows, figures / "noise.png")
     return table(rows, "raters")

@@ -16,112 +16,105 @@ The law's four terms come from responses of their own; the points it is compared
 prompts, so the law can fail.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..config import from_dict
+from ..engine.files import stream
+from ..engine.forward import Model
+from ..engine.text import Batch
 from ..evaluate import mean_interval
-from ..plots import finish, plt, smooth
+from ..pipeline.plots import finish, plt, smooth
+from ..pipeline.run import Pipeline
 from ..policy import generate
-from ..runs import stream, write_json
-from .estimators import (batch_variance, best_share, components, covariance, gradient_trace, law, score_gradients,
-                         windows)
-from .harness import (SEEDS, Variant, curves, default, read_json, run_jobs, run_variants, silent_pipeline,
-                      write_csv)
+from .estimators import (
+    batch_variance,
+    best_share,
+    components,
+    covariance,
+    gradient_trace,
+    law,
+    score_gradients,
+    windows,
+)
+from .harness import SEEDS, Label, Variant, analyse, curves, default, open_run, run_variants
+from .plotting import plot_band, plot_points
+from .tables import distinct, markdown, plus_minus, select, write_csv
 
 BIASES = {"no constant": 0.0, "constant, sd 1": 1.0}  # that raters add to all rewards of a prompt
 METHODS = ("ppo", "contrastive", "adaptive")
-EARLY = (8, 20)                        # iterations of the shorter runs; the last policy is that of the full run
-PROMPTS, SAMPLES = 128, 16             # responses per prompt, of the policy and of the SFT policy
-KS, K = (1, 2, 4, 8, 16), 4            # K: along training
-SCORED = 4                             # responses per prompt whose gradients are taken
+EARLY = (8, 20)  # iterations of the shorter runs; the last policy is that of the full run
+PROMPTS, SAMPLES = 128, 16  # responses per prompt, of the policy and of the SFT policy
+KS, K = (1, 2, 4, 8, 16), 4  # K: along training
+SCORED = 4  # responses per prompt whose gradients are taken
 LOGGED = ("reward_variance", "contrastive_variance", "coefficient", "advantage_std")
 
 
 # --------------------------------------------------------------------------------------- measuring a seed
 
 
-def analyse(root, name, measure, folders, seeds):
-    """Rows that measure(seed, {label: run folder}) finds on finished runs: one process and one JSON a seed.
-
-    A seed that was measured before on the same runs isn't measured again.
-    """
-    files, jobs = {seed: Path(root) / f"seed{seed}" / f"{name}.json" for seed in seeds}, []
-    for seed, file in files.items():
-        runs = {label: str(out) for (label, other), out in folders.items() if other == seed}
-        prints = [[*label, read_json(Path(out) / "result.json")["fingerprint"]] for label, out in runs.items()]
-        if not file.exists() or read_json(file)["runs"] != prints:
-            jobs.append((measure_to, str(file), prints, measure, seed, runs))
-    run_jobs(jobs, name)
-    return [row for file in files.values() for row in read_json(file)["rows"]]
-
-
-def measure_to(file, prints, measure, seed, runs):
-    write_json(file, {"runs": prints, "rows": measure(seed, runs)})
-
-
-def open_run(folder):
-    """The pipeline of a finished run."""
-    config = from_dict(read_json(Path(folder) / "config.json"))
-    config.run.out = str(folder)
-    return silent_pipeline(config, None)
-
-
-def measure(seed, runs):
+def measure(seed: int, runs: dict[Label, Path]) -> list[dict]:
     """All numbers of one seed, for both kinds of rater and every policy: rows {seed, setting, iterations, ...}."""
     rows, last = [], default("ppo.iterations")
     for setting in BIASES:
         pipe = open_run(runs[setting, "ppo"])
-        baselines = [draw(pipe, pipe.model("sft"), seed, "baselines", use)[0] for use in ("points", "law")]
+        baselines = [sample_rewards(pipe, pipe.model("sft"), seed, "baselines", use)[0] for use in ("points", "law")]
         for iterations in (0, *EARLY, last):
             pipe = open_run(runs[setting, f"{iterations} iterations" if iterations in EARLY else "ppo"])
             policy = pipe.model("ppo" if iterations else "sft")
-            rows += [{"seed": seed, "setting": setting, "iterations": iterations, "quantity": quantity, "k": k,
-                      "value": value} for (quantity, k), value in measure_policy(pipe, policy, baselines, seed).items()]
+            place = {"seed": seed, "setting": setting, "iterations": iterations}
+            for (quantity, k), value in measure_policy(pipe, policy, baselines, seed).items():
+                rows.append({**place, "quantity": quantity, "k": k, "value": value})
     return rows
 
 
-def draw(pipe, model, seed, *name):
+def sample_rewards(pipe: Pipeline, model: Model, seed: int, *names: str) -> tuple[Tensor, Batch]:
     """(N, m) rewards of a model's responses to the first training prompts, and their batch."""
-    prompts = pipe.prompts("train")[:PROMPTS]
-    texts, _, batch = generate(model, pipe.tokenizer(), prompts, pipe.config.data.max_response_tokens,
-                               generator=stream(seed, "variance", *name), k=SAMPLES)
-    rewards = pipe.noisy_reward()([prompt for prompt in prompts for _ in range(SAMPLES)], texts)
+    prompts, generator = pipe.prompts("train")[:PROMPTS], stream(seed, "variance", *names)
+    length = pipe.config.data.max_response_tokens
+    responses, _, batch = generate(model, pipe.tokenizer(), prompts, length, generator=generator, k=SAMPLES)
+    rewards = pipe.noisy_reward()([prompt for prompt in prompts for _ in range(SAMPLES)], responses)
     return rewards.view(len(prompts), SAMPLES), batch
 
 
-def measure_policy(pipe, policy, baselines, seed):
+def measure_policy(pipe: Pipeline, policy: Model, baselines: list[Tensor], seed: int) -> dict[tuple, float]:
     """{(quantity, k): value} of one policy. baselines: (N, m) rewards of the SFT policy for the points, for the law."""
-    (r, batch), b = draw(pipe, policy, seed, "policy", "points"), baselines[0]
-    parts = components(draw(pipe, policy, seed, "policy", "law")[0], baselines[1])
+    (r, batch), b = sample_rewards(pipe, policy, seed, "policy", "points"), baselines[0]
+    parts = components(sample_rewards(pipe, policy, seed, "policy", "law")[0], baselines[1])
     found = {(name, ""): value for name, value in parts.items()}
-    found |= {("slope", ""): covariance(parts) / parts["between_ref"], ("raw", ""): batch_variance(r),
-              ("raw law", ""): parts["between"] + parts["within"]}
-    advantages = {("gradient, raw", ""): r}
+    found["slope", ""] = covariance(parts) / parts["between_ref"]
+    found["raw", ""] = batch_variance(r)
+    found["raw law", ""] = parts["between"] + parts["within"]
+    advantages = {("raw", ""): r}
     for k in KS:
-        share, contrastive = best_share(parts, k), r - windows(b, k)
-        found |= {("coefficient", k): share, ("contrastive", k): batch_variance(contrastive), ("law", k): law(parts, k),
-                  ("adaptive", k): batch_variance(r - share * windows(b, k))}
-        advantages |= {("gradient, contrastive", k): contrastive, ("gradient, adaptive", k): r - share * windows(b, k)}
+        share = best_share(parts, k)
+        found["coefficient", k] = share
+        advantages["contrastive", k] = r - windows(b, k)
+        found["contrastive", k] = batch_variance(advantages["contrastive", k])
+        found["law", k] = law(parts, k)
+        advantages["adaptive", k] = r - share * windows(b, k)
+        found["adaptive", k] = batch_variance(advantages["adaptive", k])
         if k < SAMPLES:  # the other responses of the same policy as baselines: never stale
-            online = r - windows(r, k, first=1)
-            found |= {("online", k): batch_variance(online), ("online law", k): parts["within"] * (1 + 1 / k)}
-            advantages |= {("gradient, online", k): online}
-    ppo = pipe.config.ppo
+            advantages["online", k] = r - windows(r, k, first=1)
+            found["online", k] = batch_variance(advantages["online", k])
+            found["online law", k] = parts["within"] * (1 + 1 / k)
     columns = torch.arange(len(batch)).view(-1, SAMPLES)[:, :SCORED].flatten()
     A = torch.stack([values[:, :SCORED].flatten() for values in advantages.values()])  # (kinds, N)
     A = A - A.mean(1, keepdim=True)  # whitening takes the mean of the batch away from raw rewards, too
     square_norms, means = score_gradients(policy, batch[columns], A)
-    return found | {key: gradient_trace(square_norms, A[kind], means[kind], ppo.batch_size // ppo.minibatches)
-                    for kind, key in enumerate(advantages)}
+    minibatch = pipe.config.ppo.batch_size // pipe.config.ppo.minibatches
+    for kind, (name, k) in enumerate(advantages):
+        found[f"gradient, {name}", k] = gradient_trace(square_norms, A[kind], means[kind], minibatch)
+    return found
 
 
 # ----------------------------------------------------------------------------------------- the experiment
 
 
-def variance(root, figures, seeds=SEEDS):
+def variance(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
     """How much variance does the contrast take away, of rewards and of gradients, and when does it turn around?
 
     Prediction. (1) Every measured Var(r - b_k) is the law's, within its interval. (2) At the start k* = E[s^2] /
@@ -136,149 +129,183 @@ def variance(root, figures, seeds=SEEDS):
     responses have longer scores, which the law doesn't know. (6) PPO's advantages are spread less than plain PPO's
     by the square root of (2) with constants, and about equally without; a critic that learns pulls both towards 1.
     """
-    variants = {(setting, method): Variant(method, {"world.prompt_bias": sd})
-                for setting, sd in BIASES.items() for method in METHODS}
-    short = {(setting, f"{n} iterations"): Variant("ppo", {"ppo.iterations": n, "world.prompt_bias": sd})
-             for setting, sd in BIASES.items() for n in EARLY}
+    variants, short = {}, {}
+    for setting, sd in BIASES.items():
+        for method in METHODS:
+            variants[setting, method] = Variant(method, {"world.prompt_bias": sd})
+        for n in EARLY:
+            short[setting, f"{n} iterations"] = Variant("ppo", {"ppo.iterations": n, "world.prompt_bias": sd})
     folders = run_variants(root, variants | short, seeds, "variance")
-    rows = analyse(root, "variance", measure, {(label, seed): out for (label, seed), out in folders.items()
-                                               if label[1] not in METHODS[1:]}, seeds)
+    plain = {(label, seed): out for (label, seed), out in folders.items() if label[1] not in METHODS[1:]}
+    rows = analyse(root, "variance", measure, plain, seeds)
     steps = curves({key: out for key, out in folders.items() if key[0] in variants}, LOGGED)
     write_csv(figures / "variance.csv", rows)
     write_csv(figures / "variance_training.csv", steps)
-    draw_variance(rows, steps, figures / "variance.png")
+    plot_variance(rows, steps, figures / "variance.png")
     return variance_table(rows, steps)
 
 
-def by_seed(rows, setting, iterations, quantity, k=""):
-    mine = [row for row in rows if (row["setting"], row["iterations"], row["quantity"], row["k"]) ==
-            (setting, iterations, quantity, k)]
-    return torch.tensor([row["value"] for row in sorted(mine, key=lambda row: row["seed"])], dtype=torch.float64)
+def by_seed(rows: list[dict], setting: str, iterations: int, quantity: str, k: int | str = "") -> Tensor:
+    """(seeds,) values of one quantity."""
+    chosen = select(rows, setting=setting, iterations=iterations, quantity=quantity, k=k)
+    return torch.tensor([row["value"] for row in sorted(chosen, key=lambda row: row["seed"])], dtype=torch.float64)
 
 
-def ratio(rows, setting, iterations, quantity, k=K):
-    """(mean, half-width) over seeds of a variance over that of the raw reward, of the reward or of the gradient."""
+def ratio(rows: list[dict], setting: str, iterations: int, quantity: str, k: int = K) -> tuple[float, float]:
+    """(mean, half) over seeds of a variance over that of the raw reward, of the reward or of the gradient."""
     raw = "gradient, raw" if quantity.startswith("gradient") else "raw"
     return mean_interval(by_seed(rows, setting, iterations, quantity, k) / by_seed(rows, setting, iterations, raw))
 
 
-def threshold(rows, setting, iterations):
+def threshold(rows: list[dict], setting: str, iterations: int) -> float:
     """k* from means over seeds: the terms are added, so their means are the law's; infinite where no k helps."""
-    mean = lambda quantity: by_seed(rows, setting, iterations, quantity).mean().item()
-    saved = mean("between") - mean("moved")
-    return mean("within_ref") / saved if saved > 0 else float("inf")
+    names = ("between", "moved", "within_ref")
+    between, moved, within_ref = (by_seed(rows, setting, iterations, name).mean().item() for name in names)
+    return within_ref / (between - moved) if between > moved else float("inf")
 
 
-def law_errors(rows):
-    """[(setting, iterations, k, mean, half)] of measured Var(r - b_k) over the law's, minus 1."""
-    cells = dict.fromkeys((row["setting"], row["iterations"], row["k"]) for row in rows if row["quantity"] == "law")
-    return [(*cell, *mean_interval(by_seed(rows, cell[0], cell[1], "contrastive", cell[2])
-                                   / by_seed(rows, cell[0], cell[1], "law", cell[2]) - 1)) for cell in cells]
+def law_errors(rows: list[dict]) -> list[tuple[float, float]]:
+    """[(mean, half)] of measured Var(r - b_k) over the law's, minus 1, of every setting, policy and k."""
+    errors = []
+    predictions = select(rows, quantity="law")
+    for setting, iterations, k in dict.fromkeys((row["setting"], row["iterations"], row["k"]) for row in predictions):
+        measured, predicted = (by_seed(rows, setting, iterations, name, k) for name in ("contrastive", "law"))
+        errors.append(mean_interval(measured / predicted - 1))
+    return errors
 
 
-def logged(steps, setting, method, quantity):
+def logged(steps: list[dict], setting: str, method: str, quantity: str) -> tuple[np.ndarray, np.ndarray]:
     """(iterations, seeds) numerators and denominators of a logged ratio: reward variances, or spreads of advantages.
 
     They are kept apart so that they can be averaged over iterations first: late batches may hold no variance at all.
     """
-    def columns(method, key):
-        mine = [row for row in steps if (row["setting"], row["method"]) == (setting, method)]
-        seeds = dict.fromkeys(row["seed"] for row in mine)
-        return np.array([[row[key] for row in mine if row["seed"] == seed] for seed in seeds]).T
-
     if quantity == "variance":
-        return columns(method, "contrastive_variance"), columns(method, "reward_variance")
-    return columns(method, "advantage_std"), columns("ppo", "advantage_std")
+        above, below = (method, "contrastive_variance"), (method, "reward_variance")
+    else:
+        above, below = (method, "advantage_std"), ("ppo", "advantage_std")
+    return logged_columns(steps, setting, *above), logged_columns(steps, setting, *below)
+
+
+def logged_columns(steps: list[dict], setting: str, method: str, key: str) -> np.ndarray:
+    chosen = select(steps, setting=setting, method=method)
+    return np.array([[row[key] for row in select(chosen, seed=seed)] for seed in distinct(chosen, "seed")]).T
 
 
 # ----------------------------------------------------------------------------------------- table, figure
 
+KINDS = {"contrastive": ("c = 1", "#0072B2"), "adaptive": ("adaptive c", "#009E73"), "online": ("online", "#CC79A7")}
+LINES = {"no constant": "-", "constant, sd 1": "--"}
+MARKERS = {"no constant": "o", "constant, sd 1": "s"}
 
-def variance_table(rows, steps):
+
+def variance_table(rows: list[dict], steps: list[dict]) -> str:
     places = list(dict.fromkeys((row["setting"], row["iterations"]) for row in rows))
-    head = ["quantity", *(f"{setting}: {f'after {n}' if n else 'start'}" for setting, n in places)]
-    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
 
-    def line(name, value):
-        lines.append(f"| {name} | " + " | ".join(value(*place) for place in places) + " |")
+    def level(name: str, quantity: str, k: int | str = "") -> list[str]:
+        pairs = [mean_interval(by_seed(rows, *place, quantity, k)) for place in places]
+        return [name] + [plus_minus(pair) for pair in pairs]
 
-    plain = lambda quantity, k="": lambda *place: "%.2f ± %.2f" % mean_interval(by_seed(rows, *place, quantity, k))
-    over = lambda quantity, k=K: lambda *place: "%.2f ± %.2f" % ratio(rows, *place, quantity, k)
-    for name, quantity in (("Var(r)", "raw"), ("between prompts, Var_x(m_pi)", "between"),
-                           ("within, E[s_pi^2]", "within"), ("Var_x(m_pi - m_ref)", "moved"),
-                           ("slope of m_pi on m_ref", "slope")):
-        line(name, plain(quantity))
-    line("threshold k*", lambda *place: f"{threshold(rows, *place):.1f}".replace("inf", "no k helps"))
-    for k in KS:
-        line(f"Var(r - b) / Var(r), k = {k}", over("contrastive", k))
-    line(f"adaptive, k = {K}: coefficient", plain("coefficient", K))
-    line(f"adaptive, k = {K}: ratio", over("adaptive"))
-    line(f"online, k = {K}: ratio", over("online"))
-    for method in ("contrastive", "adaptive", "online"):
-        line(f"gradient, {method}, k = {K}: ratio", over(f"gradient, {method}"))
-    found = law_errors(rows)
-    inside, worst = sum(abs(mean) <= half for *_, mean, half in found), max(abs(mean) for *_, mean, _ in found)
-    lines.append(f"\nMeasured against the law: {inside} of {len(found)} intervals hold it; the largest mean error is "
-                 f"{worst:.0%}.\n")
-    lines += ["| logged by the runs, over five iterations | first | from a third on | last |",
-              "| --- | --- | --- | --- |"]
+    def share(name: str, quantity: str, k: int = K) -> list[str]:
+        return [name] + [plus_minus(ratio(rows, *place, quantity, k)) for place in places]
+
+    thresholds = [threshold(rows, *place) for place in places]
+    lines = [
+        level("Var(r)", "raw"),
+        level("between prompts, Var_x(m_pi)", "between"),
+        level("within, E[s_pi^2]", "within"),
+        level("Var_x(m_pi - m_ref)", "moved"),
+        level("slope of m_pi on m_ref", "slope"),
+        ["threshold k*"] + ["no k helps" if k == float("inf") else f"{k:.1f}" for k in thresholds],
+    ]
+    lines += [share(f"Var(r - b) / Var(r), k = {k}", "contrastive", k) for k in KS]
+    lines.append(level(f"adaptive, k = {K}: coefficient", "coefficient", K))
+    lines += [share(f"{kind}, k = {K}: ratio", kind) for kind in ("adaptive", "online")]
+    for kind in ("gradient, contrastive", "gradient, adaptive", "gradient, online"):
+        lines.append(share(f"{kind}, k = {K}: ratio", kind))
+    head = ["quantity"] + [f"{setting}: {f'after {n}' if n else 'start'}" for setting, n in places]
+
+    errors = law_errors(rows)
+    inside, worst = sum(abs(mean) <= half for mean, half in errors), max(abs(mean) for mean, _ in errors)
+    fit = f"Measured against the law: {inside} of {len(errors)} intervals hold it; "
+    fit += f"the largest mean error is {worst:.0%}."
+    return "\n\n".join([markdown(head, lines), fit, logged_table(steps)])
+
+
+def logged_table(steps: list[dict]) -> str:
+    """Ratios that the runs logged themselves, early, later and at the end."""
+    lines, names = [], {"variance": "Var(r - c b) / Var(r)", "spread": "sd of advantages / plain PPO's"}
     for setting in BIASES:
         for method in METHODS[1:]:
-            for quantity, name in (("variance", "Var(r - c b) / Var(r)"), ("spread", "sd of advantages / plain PPO's")):
+            for quantity, name in names.items():
                 above, below = logged(steps, setting, method, quantity)
-                parts = [slice(0, 5), slice(len(above) // 3, len(above) // 3 + 5), slice(-5, None)]
-                values = [mean_interval(above[part].mean(0) / below[part].mean(0)) for part in parts]
-                text = " | ".join("%.2f ± %.2f" % value for value in values)
-                lines.append(f"| {setting}, {method}: {name} | {text} |")
-    return "\n".join(lines)
+                third = len(above) // 3
+                cells = [f"{setting}, {method}: {name}"]
+                for part in (slice(0, 5), slice(third, third + 5), slice(-5, None)):
+                    cells.append(plus_minus(mean_interval(above[part].mean(0) / below[part].mean(0))))
+                lines.append(cells)
+    return markdown(["logged by the runs, over five iterations", "first", "from a third on", "last"], lines)
 
 
-def draw_variance(rows, steps, path):
-    (none, constant), iterations = BIASES, sorted({row["iterations"] for row in rows})
+def plot_variance(rows: list[dict], steps: list[dict], path: Path) -> str:
+    iterations = sorted(distinct(rows, "iterations"))
     figure, axes = plt.subplots(2, 2, figsize=(10.5, 7.6))
-    kinds = {(none, iterations[0]): ("#D55E00", "-", "o"), (none, iterations[-1]): ("#E69F00", "--", "s"),
-             (constant, iterations[0]): ("#0072B2", "-", "o"), (constant, iterations[-1]): ("#56B4E9", "--", "s")}
-    for (setting, n), (colour, style, marker) in kinds.items():
-        raw = by_seed(rows, setting, n, "raw law").mean()
-        theory = [by_seed(rows, setting, n, "law", k).mean() / raw for k in KS]
-        axes[0, 0].plot(KS, theory, color=colour, linestyle=style)
-        means, halves = zip(*(ratio(rows, setting, n, "contrastive", k) for k in KS))
-        axes[0, 0].errorbar(KS, means, halves, color=colour, linestyle="", marker=marker, markersize=5, capsize=3,
-                            label=f"{setting}: {f'after {n} iterations' if n else 'start'}")
-    axes[0, 0].set(xscale="log", yscale="log", xlabel="k, baselines per prompt", ylabel="Var(r − b) / Var(r)",
-                   title="Law (lines) and measured (points)")
-    axes[0, 0].set_xticks(KS, KS)
-    styles = {none: ("o", "-"), constant: ("s", "--")}
-    colours = {"contrastive": ("c = 1", "#0072B2"), "adaptive": ("adaptive c", "#009E73"),
-               "online": ("online", "#CC79A7")}
-    for axis, prefix, name in ((axes[0, 1], "", "reward"), (axes[1, 0], "gradient, ", "gradient (trace of Cov)")):
-        for setting, (marker, style) in styles.items():
-            for shift, (kind, (label, colour)) in enumerate(colours.items()):
-                means, halves = zip(*(ratio(rows, setting, n, prefix + kind) for n in iterations))
-                axis.errorbar([n + 0.6 * (shift - 1) for n in iterations], means, halves, color=colour, marker=marker,
-                              markersize=4, linestyle=style, capsize=2, label=f"{label}, {setting}")
-        axis.set(yscale="log", xlabel="iterations of plain PPO", ylabel="variance / that with the raw reward",
-                 title=f"Variance of the {name}, k = {K}", xticks=iterations)
-    for setting, (_, style) in styles.items():
-        for method in METHODS[1:]:
-            label, colour = colours[method]
-            above, below = logged(steps, setting, method, "spread")
-            ratios = np.array([smooth(a) / smooth(b) for a, b in zip(above.T, below.T)])  # (seeds, iterations)
-            means, halves = np.array([mean_interval(column) for column in ratios.T]).T
-            axes[1, 1].plot(means, color=colour, linestyle=style, label=f"{label}, {setting}")
-            axes[1, 1].fill_between(range(len(means)), means - halves, means + halves, color=colour, alpha=0.15,
-                                    linewidth=0)
-    axes[1, 1].set(xlabel="PPO iteration", ylabel="sd of advantages / plain PPO's",
-                   title="Advantages of PPO with its critic")
+    plot_law(axes[0, 0], rows, iterations)
+    plot_ratios(axes[0, 1], rows, iterations, "")
+    axes[0, 1].set_title(f"Variance of the reward, k = {K}")
+    plot_ratios(axes[1, 0], rows, iterations, "gradient, ")
+    axes[1, 0].set_title(f"Variance of the gradient (trace of Cov), k = {K}")
+    plot_spreads(axes[1, 1], steps)
     for axis in axes.flat:
         axis.axhline(1, color="black", linewidth=0.8)
         axis.grid(alpha=0.25, which="both")
     for axis, place in ((axes[0, 0], "lower left"), (axes[1, 0], "center right"), (axes[1, 1], "best")):
         axis.legend(fontsize=7, loc=place)  # the upper right panel has the lines of the lower left one
-    values = {(setting, n): ratio(rows, setting, n, "contrastive") for setting in BIASES for n in (0, iterations[-1])}
-    text = lambda setting: "%.2f ± %.2f to %.2f ± %.2f" % (*values[setting, 0], *values[setting, iterations[-1]])
+    changes = []
+    for setting in BIASES:
+        start, end = (plus_minus(ratio(rows, setting, n, "contrastive")) for n in (0, iterations[-1]))
+        changes.append(f"{start} to {end}")
     worst = max(ratio(rows, setting, n, "adaptive")[0] for setting in BIASES for n in iterations)
-    figure.suptitle(f"Over training Var(r − b) / Var(r) at k = {K} goes from {text(none)} without constants per "
-                    f"prompt,\nand from {text(constant)} with constants of sd 1; adaptive is at most {worst:.2f}",
-                    fontsize=11)
+    figure.suptitle(
+        f"Over training Var(r − b) / Var(r) at k = {K} goes from {changes[0]} without constants per prompt,\n"
+        f"and from {changes[1]} with constants of sd 1; adaptive is at most {worst:.2f}",
+        fontsize=11,
+    )
     return finish(figure, path)
+
+
+def plot_law(axis: plt.Axes, rows: list[dict], iterations: list[int]) -> None:
+    """Over k, at the start and at the end: the law as lines, what was measured as points."""
+    for setting, (early, late) in zip(BIASES, (("#D55E00", "#E69F00"), ("#0072B2", "#56B4E9"))):
+        for n, color, line, marker in ((iterations[0], early, "-", "o"), (iterations[-1], late, "--", "s")):
+            raw = by_seed(rows, setting, n, "raw law").mean()
+            axis.plot(KS, [by_seed(rows, setting, n, "law", k).mean() / raw for k in KS], color=color, linestyle=line)
+            pairs = [ratio(rows, setting, n, "contrastive", k) for k in KS]
+            label = f"{setting}: after {n} iterations" if n else f"{setting}: start"
+            points = {"linestyle": "", "marker": marker, "markersize": 5, "capsize": 3}
+            plot_points(axis, KS, pairs, color=color, label=label, **points)
+    axis.set(xscale="log", yscale="log", xlabel="k, baselines per prompt", ylabel="Var(r − b) / Var(r)")
+    axis.set_title("Law (lines) and measured (points)")
+    axis.set_xticks(KS, KS)
+
+
+def plot_ratios(axis: plt.Axes, rows: list[dict], iterations: list[int], prefix: str) -> None:
+    """Along training: variances of the reward, or with a prefix of its gradient, over those of the raw reward."""
+    for setting in BIASES:
+        for number, (kind, (label, color)) in enumerate(KINDS.items()):
+            x = [n + 0.6 * (number - 1) for n in iterations]
+            pairs = [ratio(rows, setting, n, prefix + kind) for n in iterations]
+            style = {"marker": MARKERS[setting], "linestyle": LINES[setting]}
+            plot_points(axis, x, pairs, color=color, label=f"{label}, {setting}", **style)
+    axis.set(yscale="log", xlabel="iterations of plain PPO", ylabel="variance / that with the raw reward")
+    axis.set_xticks(iterations)
+
+
+def plot_spreads(axis: plt.Axes, steps: list[dict]) -> None:
+    for setting in BIASES:
+        for method in METHODS[1:]:
+            above, below = logged(steps, setting, method, "spread")
+            ratios = np.array([smooth(own) / smooth(plain) for own, plain in zip(above.T, below.T)])
+            label, color = KINDS[method]
+            plot_band(axis, ratios, color, linestyle=LINES[setting], label=f"{label}, {setting}")
+    axis.set(xlabel="PPO iteration", ylabel="sd of advantages / plain PPO's")
+    axis.set_title("Advantages of PPO with its critic")

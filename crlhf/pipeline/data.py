@@ -24,11 +24,12 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-from .config import UserError
-from .policy import encode_prompt, encode_response
-from .runs import progress, shuffled
+from ..config import DataConfig, UserError
+from ..engine.files import Progress, first_line, shuffled
+from ..engine.text import Tokenizer, encode_prompt, encode_response
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+PAIR = ("prompt", "completion", "rejected_prompt", "rejected")
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet")
 
 
@@ -40,22 +41,22 @@ class Unusable(Exception):
 class Corpus:
     """Texts ready for training. Prompts are unique, and held-out prompts occur in no training row."""
 
-    train_prompts: list
-    eval_prompts: list
-    demonstrations: list                                  # rows {prompt, completion}
-    preferences: list = field(default_factory=list)       # rows {prompt, chosen, rejected}
-    eval_preferences: list = field(default_factory=list)
-    notes: list = field(default_factory=list)             # what was dropped or cut, and how often
+    train_prompts: list[str]
+    eval_prompts: list[str]
+    demonstrations: list[dict]  # rows {prompt, completion}
+    preferences: list[dict] = field(default_factory=list)  # rows {prompt, chosen, rejected}
+    eval_preferences: list[dict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was dropped or cut, and how often
 
 
 # -------------------------------------------------------------------------------------------- reading rows
 
 
-def read_rows(name, split="train", max_rows=0):
+def read_rows(name: str, split: str = DataConfig.split, max_rows: int = DataConfig.max_rows) -> list[dict]:
     """A list of dicts from a local file or folder, or from a dataset of the Hugging Face hub."""
     path = Path(name)
     if name.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")):
-        rows = read_json(path)
+        rows = read_json_rows(path)
     else:
         rows = read_with_datasets(name, path, split)
     rows = rows[:max_rows] if max_rows else rows
@@ -64,22 +65,22 @@ def read_rows(name, split="train", max_rows=0):
     return rows
 
 
-def read_json(path):
+def read_json_rows(path: Path) -> list[dict]:
     """JSON lines, or one JSON list; gzip by the suffix. A bad line is named by its number."""
     text = read_text(path)
     if text.lstrip().startswith("["):
-        rows = [("row", number, row) for number, row in enumerate(parse_json(text, path, 1), 1)]
+        place, rows = "row", dict(enumerate(parse_json(text, path, 1), 1))
     else:  # not splitlines: it also splits at U+2028 and others, which may stand inside a JSON string
-        rows = [("line", number, parse_json(line, path, number))
-                for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    for place, number, row in rows:
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        place, rows = "line", {number: parse_json(line, path, number) for number, line in lines}
+    for number, row in rows.items():
         if not isinstance(row, dict):
-            raise UserError(f"{path}, {place} {number}: expected an object like {{\"prompt\": ...}}, "
-                            f"got {type(row).__name__}; mend or delete it")
-    return [row for _, _, row in rows]
+            what = f'expected an object like {{"prompt": ...}}, got {type(row).__name__}'
+            raise UserError(f"{path}, {place} {number}: {what}; mend or delete it")
+    return list(rows.values())
 
 
-def read_text(path):
+def read_text(path: Path) -> str:
     """The text of a file, with or without gzip, a byte-order mark or Windows line ends."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: check the path, or give a Hugging Face dataset name")
@@ -91,18 +92,18 @@ def read_text(path):
         raise UserError(f"{path} can't be read: {error}; it should be {wanted}") from None
 
 
-def parse_json(text, path, line):
+def parse_json(text: str, path: Path, line: int) -> object:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg} at column "
-                        f"{error.colno}); mend or delete the line") from None
+        what = f"not valid JSON ({error.msg} at column {error.colno})"
+        raise UserError(f"{path}, line {line + error.lineno - 1}: {what}; mend or delete the line") from None
     if "\\ud" in text.lower():  # half of an escaped surrogate pair can be neither tokenised nor written: make it '?'
         value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     return value
 
 
-def read_with_datasets(name, path, split):
+def read_with_datasets(name: str, path: Path, split: str) -> list[dict]:
     """CSV, Parquet, local dataset folders and hub names, all through the `datasets` library."""
     import datasets  # slow to import, and files of JSON don't need it
 
@@ -127,15 +128,14 @@ def read_with_datasets(name, path, split):
             rows = datasets.load_dataset(dataset, subset or None, split=split)
         return rows.to_list()
     except Exception as error:  # the library raises many kinds: no such name, split or column, no network, bad file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
-        raise UserError(f"dataset '{name}' (split '{split}') can't be loaded: {reason}; check the name "
-                        "and --split") from None
+        what = f"dataset '{name}' (split '{split}') can't be loaded: {first_line(error)}"
+        raise UserError(f"{what}; check the name and --split") from None
 
 
 # ------------------------------------------------------------------------------------------ telling formats
 
 
-def render(messages, tokenizer):
+def render(messages: list[dict], tokenizer: Tokenizer) -> str:
     """Messages that end before the assistant's turn, as prompt text: chat template, or HH-RLHF's plain form."""
     if tokenizer.chat_template:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -143,7 +143,7 @@ def render(messages, tokenizer):
     return "".join(f"\n\n{names.get(m['role'], m['role'])}: {m['content']}" for m in messages) + ASSISTANT
 
 
-def split_dialogue(dialogue, tokenizer):
+def split_dialogue(dialogue: str | list[dict], tokenizer: Tokenizer) -> tuple[str, str]:
     """A whole dialogue -> (prompt text, last assistant turn). Text is split at its last '\\n\\nAssistant:'."""
     not_answered = Unusable("whose dialogue does not end with the assistant's turn")
     if isinstance(dialogue, str):
@@ -161,7 +161,7 @@ def split_dialogue(dialogue, tokenizer):
     return render(before, tokenizer), answer["content"] if tokenizer.chat_template else " " + answer["content"]
 
 
-def prompt_and_response(prompt, response, tokenizer):
+def prompt_and_response(prompt: str | list, response: str | list, tokenizer: Tokenizer) -> tuple[str, str]:
     """A prompt and a response, each a text or messages, as two texts."""
     if isinstance(prompt, str) and isinstance(response, str):
         return prompt, response
@@ -169,11 +169,11 @@ def prompt_and_response(prompt, response, tokenizer):
         response = [{"role": "assistant", "content": response}]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}] if len(response) == 1 else []
-    repeats = response[:len(prompt)] == prompt  # some datasets repeat the prompt at the head of the response
+    repeats = response[: len(prompt)] == prompt  # some datasets repeat the prompt at the head of the response
     return split_dialogue(response if repeats else [*prompt, *response], tokenizer)
 
 
-def parse_pair(row, columns, preferred, tokenizer):
+def parse_pair(row: dict, columns: set[str], preferred: str, tokenizer: Tokenizer) -> tuple[str, str, str, str]:
     """A preference row in any known format -> (prompt, chosen, prompt of rejected, rejected)."""
     if {"chosen", "rejected"} <= columns:
         sides = [row["chosen"] or "", row["rejected"] or ""]
@@ -191,7 +191,7 @@ def parse_pair(row, columns, preferred, tokenizer):
     return prompt, texts[better], prompt, texts[1 - better]
 
 
-def reddit_prompt(info):
+def reddit_prompt(info: dict) -> str:
     """The post of a summarize_from_feedback row as a prompt. News articles have neither subreddit nor title."""
     post = info.get("post") or info.get("article")
     if not post:
@@ -200,7 +200,7 @@ def reddit_prompt(info):
     return "\n".join([label + text for label, text in parts if text] + ["TL;DR:"])
 
 
-def better_index(value, column):
+def better_index(value: object, column: str) -> int:
     """0 or 1 from a label that may be a number, a bool or text. Ties and missing labels are -1, None or ''."""
     try:
         if float(value) in (0, 1):
@@ -210,7 +210,7 @@ def better_index(value, column):
     raise Unusable(f"whose {column} is neither 0 nor 1")
 
 
-def parse_demonstration(row, columns, prompt_words, tokenizer):
+def parse_demonstration(row: dict, columns: set[str], prompt_words: int, tokenizer: Tokenizer) -> tuple[str, str]:
     """A row without preferences -> (prompt, completion)."""
     if "completion" in columns:
         if row.get("label") is False:  # trl-lib/kto-mix: a thumbs-down
@@ -222,36 +222,38 @@ def parse_demonstration(row, columns, prompt_words, tokenizer):
     return " ".join(words[:prompt_words]), "".join(" " + word for word in words[prompt_words:])
 
 
-def kind_of(columns, preferred, name):
-    """'preferences' or 'demonstrations', by the columns, or a UserError that names what is missing."""
+def are_preferences(columns: set[str]) -> bool:
+    formats = ({"chosen", "rejected"}, {"info", "summaries", "choice"}, {"prompt", "response_0", "response_1"})
+    return any(wanted <= columns for wanted in formats)
+
+
+def check_columns(columns: set[str], preferred: str, name: str) -> None:
+    """Raise a UserError that names what is missing, if the columns are of no known format."""
     if {"chosen", "rejected"} <= columns or {"info", "summaries", "choice"} <= columns:
-        return "preferences"
-    if {"prompt", "response_0", "response_1"} <= columns:
-        if preferred not in columns:
-            raise UserError(f"{name} has no column '{preferred}' that says which response is better: give one of its "
-                            f"columns to --preferred ({', '.join(sorted(columns))})")
-        return "preferences"
-    if {"prompt", "completion"} <= columns or "messages" in columns or "text" in columns:
-        return "demonstrations"
-    missing = {"chosen": "rejected", "rejected": "chosen", "prompt": "completion' or 'chosen' and 'rejected",
-               "completion": "prompt"}
-    wanted = next((missing[c] for c in missing if c in columns), "chosen' and 'rejected")
-    raise UserError(f"{name} is missing the column '{wanted}': it has {', '.join(sorted(columns))}")
+        return
+    if {"prompt", "response_0", "response_1"} <= columns and preferred not in columns:
+        what = f"{name} has no column '{preferred}' that says which response is better"
+        raise UserError(f"{what}: give one of its columns to --preferred ({', '.join(sorted(columns))})")
+    if are_preferences(columns) or {"prompt", "completion"} <= columns or {"messages", "text"} & columns:
+        return
+    other = {"chosen": "rejected", "rejected": "chosen", "prompt": "completion' or 'chosen' and 'rejected"}
+    other["completion"] = "prompt"
+    missing = next((other[column] for column in other if column in columns), "chosen' and 'rejected")
+    raise UserError(f"{name} is missing the column '{missing}': it has {', '.join(sorted(columns))}")
 
 
 # ---------------------------------------------------------------------------------------- rows to a corpus
 
 
-def build_corpus(rows, name, tokenizer, config, seed):
-    """Parse, filter, split. `config` is a DataConfig. Raises UserError when nothing usable is left."""
-    columns = set(rows[0])
-    preferred = config.preferred or "better_response_id"
-    kind = kind_of(columns, preferred, name)
+def build_corpus(rows: list[dict], name: str, tokenizer: Tokenizer, config: DataConfig, seed: int) -> Corpus:
+    """Parse, filter, split. Raises UserError when nothing usable is left."""
+    columns, preferred = set(rows[0]), config.preferred or "better_response_id"
+    check_columns(columns, preferred, name)
     dropped, examples = collections.Counter(), []
-    with progress(len(rows), "reading") as bar:
+    with Progress(len(rows), "reading") as bar:
         for number, row in enumerate(rows, 1):
             try:
-                example = parse_row(row, number, name, kind, columns, preferred, config.prompt_words, tokenizer)
+                example = parse_row(row, f"{name}, row {number}", columns, preferred, config.prompt_words, tokenizer)
                 require_usable(example, tokenizer, config)
                 examples.append(example)
             except Unusable as reason:
@@ -262,34 +264,35 @@ def build_corpus(rows, name, tokenizer, config, seed):
         raise UserError(f"{name}: none of its {len(rows)} rows can be used: {reasons}")
     notes = [f"{name}: {sum(dropped.values())} of {len(rows)} rows dropped: {reasons}"] if dropped else []
     responses = [row[side] for row in examples for side in ("completion", "rejected") if side in row]
-    cut = sum(len(encode_response(tokenizer, text)) >= config.max_response_tokens for text in responses)
-    if cut:
-        notes.append(f"{name}: {cut} of {len(responses)} responses are longer than --max-response-tokens "
-                     f"{config.max_response_tokens} and are cut there")
-    return split_corpus(examples, kind, config.eval_fraction, seed, name, notes)
+    n_cut = sum(len(encode_response(tokenizer, text)) >= config.max_response_tokens for text in responses)
+    if n_cut:
+        limit = f"--max-response-tokens {config.max_response_tokens}"
+        notes.append(f"{name}: {n_cut} of {len(responses)} responses are longer than {limit} and are cut there")
+    return split_corpus(examples, config.eval_fraction, seed, name, notes)
 
 
-def parse_row(row, number, name, kind, columns, preferred, prompt_words, tokenizer):
+def parse_row(
+    row: dict, place: str, columns: set[str], preferred: str, prompt_words: int, tokenizer: Tokenizer
+) -> dict[str, str]:
     """One row as {prompt, completion}, and for preferences also rejected and the prompt of its side."""
     try:
-        if kind == "demonstrations":
-            example = dict(zip(("prompt", "completion"), parse_demonstration(row, columns, prompt_words, tokenizer)))
+        if are_preferences(columns):
+            names, texts = PAIR, parse_pair(row, columns, preferred, tokenizer)
         else:
-            example = dict(zip(("prompt", "completion", "rejected_prompt", "rejected"),
-                               parse_pair(row, columns, preferred, tokenizer)))
+            names, texts = PAIR[:2], parse_demonstration(row, columns, prompt_words, tokenizer)
     except KeyError as error:
-        raise UserError(f"{name}, row {number}: the column {error} is missing") from None
+        raise UserError(f"{place}: the column {error} is missing") from None
     except (TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{name}, row {number}: a value is neither a text nor a list of messages ({error})") from None
+        raise UserError(f"{place}: a value is neither a text nor a list of messages ({error})") from None
     except TemplateError:
         raise Unusable("that the tokenizer's chat template refuses") from None
-    for value in example.values():
+    for value in texts:
         if not isinstance(value, str):
-            raise UserError(f"{name}, row {number}: {value!r:.60} is neither a text nor a list of messages")
-    return example
+            raise UserError(f"{place}: {value!r:.60} is neither a text nor a list of messages")
+    return dict(zip(names, texts))
 
 
-def require_usable(example, tokenizer, config):
+def require_usable(example: dict[str, str], tokenizer: Tokenizer, config: DataConfig) -> None:
     """Raise Unusable with the reason for which a row must be dropped."""
     if not example["prompt"].strip():
         raise Unusable("with an empty prompt")
@@ -304,21 +307,21 @@ def require_usable(example, tokenizer, config):
         raise Unusable(f"with a prompt longer than --max-prompt-tokens {config.max_prompt_tokens}")
 
 
-def split_corpus(examples, kind, eval_fraction, seed, name, notes):
+def split_corpus(examples: list[dict], eval_fraction: float, seed: int, name: str, notes: list[str]) -> Corpus:
     """Hold out a share of the unique prompts, and every row that has one of them."""
     unique = list(dict.fromkeys(example["prompt"] for example in examples))
     order = shuffled(len(unique), seed, "split")
     n_eval = max(1, round(eval_fraction * len(unique)))
     if len(unique) - n_eval < 2:
         raise UserError(f"{name} has only {len(unique)} usable prompts: that is too few to train on and hold some out")
-    eval_prompts = [unique[i] for i in order[:n_eval]]
-    held_out = set(eval_prompts)
-    training = [example for example in examples if example["prompt"] not in held_out]
-    pairs = {True: [], False: []}
-    if kind == "preferences":
-        for e in examples:
-            pairs[e["prompt"] in held_out].append(
-                {"prompt": e["prompt"], "chosen": e["completion"], "rejected": e["rejected"]})
-    return Corpus([unique[i] for i in order[n_eval:]], eval_prompts,
-                  [{"prompt": e["prompt"], "completion": e["completion"]} for e in training],
-                  pairs[False], pairs[True], notes)
+    held_out = [unique[i] for i in order[:n_eval]]
+    corpus = Corpus([unique[i] for i in order[n_eval:]], held_out, [], notes=notes)
+    held_out = set(held_out)
+    for example in examples:
+        prompt, completion = example["prompt"], example["completion"]
+        if prompt not in held_out:
+            corpus.demonstrations.append({"prompt": prompt, "completion": completion})
+        if "rejected" in example:
+            pairs = corpus.eval_preferences if prompt in held_out else corpus.preferences
+            pairs.append({"prompt": prompt, "chosen": completion, "rejected": example["rejected"]})
+    return corpus

@@ -15,33 +15,50 @@ the rest while its own backward pass runs.
 """
 
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
 GB = 1e9
 
 
-def configs():
+def configs() -> dict[str, PretrainedConfig]:
     """The three models of the README, by their published shapes. No weights are needed to count."""
-    from transformers import GPT2Config, LlamaConfig, Qwen2Config
-
     return {
         "gpt2": GPT2Config(),
         "HuggingFaceTB/SmolLM2-135M": LlamaConfig(
-            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-            num_key_value_heads=3, tie_word_embeddings=True),
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+        ),
         "Qwen/Qwen2.5-0.5B": Qwen2Config(
-            vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-            num_key_value_heads=2, tie_word_embeddings=True)}
+            vocab_size=151936,
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        ),
+    }
 
 
-def count_parameters(config):
+def count_parameters(config: PretrainedConfig) -> int:
     """Parameters of a causal LM of this shape, built without memory on torch's meta device."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
 
 
-def training_bytes(config, rows, prompt_tokens, response_tokens, separate_critic=True, recompute=False):
+def training_bytes(
+    config: PretrainedConfig,
+    rows: int,
+    prompt_tokens: int,
+    response_tokens: int,
+    separate_critic: bool = True,
+    recompute: bool = False,
+) -> tuple[int, int]:
     """(bytes of weights and optimiser, bytes of one forward pass of `rows` rows), as the module says."""
     models = 2 if separate_critic else 1
     fixed = count_parameters(config) * (18 * models + 4 + 4)
@@ -54,14 +71,20 @@ def training_bytes(config, rows, prompt_tokens, response_tokens, separate_critic
     return fixed, rows * (prompt_tokens + response_tokens) * per_token + logits
 
 
-def main(rows=8, prompt_tokens=256, response_tokens=128):
+def main(rows: int = 8, prompt_tokens: int = 256, response_tokens: int = 128) -> None:
     """Print the table of the README."""
     print("| model | parameters | weights and optimisers | forward and backward | together | recomputing activations |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, config in configs().items():
-        (fixed, moving), (_, less) = (training_bytes(config, rows, prompt_tokens, response_tokens, recompute=recompute)
-                                      for recompute in (False, True))
-        print(f"| {name} | {count_parameters(config) / 1e6:.0f}M | {fixed / GB:.1f} GB | {moving / GB:.1f} GB "
-              f"| {(fixed + moving) / GB:.1f} GB | {(fixed + less) / GB:.1f} GB |")
-    print(f"\nPPO with a separate critic, {rows} rows a forward pass (--ppo-micro-batch-size {rows}), {prompt_tokens} "
-          f"prompt and {response_tokens} response tokens; computed, not measured.")
+        (fixed, moving), (_, less) = (
+            training_bytes(config, rows, prompt_tokens, response_tokens, recompute=recompute)
+            for recompute in (False, True)
+        )
+        print(
+            f"| {name} | {count_parameters(config) / 1e6:.0f}M | {fixed / GB:.1f} GB | {moving / GB:.1f} GB "
+            f"| {(fixed + moving) / GB:.1f} GB | {(fixed + less) / GB:.1f} GB |"
+        )
+    print(
+        f"\nPPO with a separate critic, {rows} rows a forward pass (--ppo-micro-batch-size {rows}), {prompt_tokens} "
+        f"prompt and {response_tokens} response tokens; computed, not measured."
+    )

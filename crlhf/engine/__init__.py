@@ -1,0 +1,1 @@
+"""What the concepts stand on: forward passes, models, the training loop, files. Nothing here imports a concept."""

@@ -1,0 +1,235 @@
+"""One way through any model: its hidden states, its logits, and a cache of keys and values for sampling.
+
+This module alone knows which models there are and in which precision they compute. A GPT-2 takes a lean path: on
+small models most of a step's time goes into the library's generality (masks rebuilt, caches grown by copying,
+wrappers called), so `lean_states` does the same arithmetic on the library's own weights, and gradients flow into
+the same parameters. Every other model goes through the library. `tests/test_policy.py` holds the two to the same
+numbers.
+
+Columns that are padding have mask False. A token's position is its place among the real ones of its row.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, PretrainedConfig
+from transformers import PreTrainedModel as Model
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .text import pad, positions
+
+# ------------------------------------------------------------------------------------------ any causal model
+
+
+def context_length(model_config: PretrainedConfig) -> float:
+    """Positions the model can address; infinite if its config sets no limit."""
+    length = getattr(model_config, "max_position_embeddings", None) or getattr(model_config, "n_positions", None)
+    return length or math.inf
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """bf16 matrix products on CUDA over fp32 weights; plain fp32 elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def hidden_states(model: Model, ids: Tensor, mask: Tensor, last: int) -> Tensor:
+    """Final hidden states of the `last` columns: (B, L) ids and mask -> (B, last, D)."""
+    with autocast(ids.device):
+        if is_lean(model):
+            return lean_states(model.transformer, ids, mask, positions(mask), last)
+        inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions(mask)}
+        return model.base_model(**inputs, use_cache=False).last_hidden_state[:, -last:]
+
+
+def logits_and_states(model: Model, ids: Tensor, mask: Tensor, last: int) -> tuple[Tensor, Tensor]:
+    """Next-token logits after the `last` columns, and the hidden states they come from: (B, last, V), (B, last, D)."""
+    with autocast(ids.device):
+        if is_lean(model):
+            states = lean_states(model.transformer, ids, mask, positions(mask), last)
+            return model.lm_head(states), states
+        kept = []  # what the library feeds into its LM head; asking it for hidden states would keep every layer's
+        hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+        inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions(mask)}
+        logits = model(**inputs, use_cache=False, logits_to_keep=last).logits
+        hook.remove()
+        return logits, kept[0]
+
+
+def sequence_logits(model: Model, sequences: list[list[int]], pad_id: int) -> Tensor:
+    """What a sequence classifier says about each of B sequences of ids, read at its last token: (B, labels)."""
+    device = model.device
+    with autocast(device):
+        if is_lean(model):  # padded on the left, the last tokens of all rows stand in one column
+            ids, mask = (tensor.to(device) for tensor in pad(sequences, pad_id, "left"))
+            return model.score(lean_states(model.transformer, ids, mask, positions(mask), 1)[:, -1]).float()
+        ids, mask = (tensor.to(device) for tensor in pad(sequences, pad_id, "right"))
+        return model(input_ids=ids, attention_mask=mask.long()).logits.float()
+
+
+class Cache:
+    """Keys and values of all columns so far of a batch that is being sampled, with its mask and positions.
+
+    On the lean path they are allocated once, (layers, 2, B, heads, L, head size). What is not written yet is zero,
+    so that it can be multiplied by a weight of zero.
+    """
+
+    def __init__(self, model: Model, prompt_mask: Tensor, n_new: int) -> None:
+        (B, P), config = prompt_mask.shape, model.config
+        self.model, self.length, self.used = model, P + n_new, 0
+        self.mask = F.pad(prompt_mask, (0, n_new), value=True)  # (B, L)
+        self.position = positions(prompt_mask)  # (B, n) of the tokens that come next
+        if is_lean(model):
+            size = (config.n_layer, 2, B, config.n_head, self.length, config.n_embd // config.n_head)
+            with autocast(prompt_mask.device):
+                self.store = torch.zeros(size, device=prompt_mask.device, dtype=product_dtype(prompt_mask.device))
+        else:
+            self.library = DynamicCache(config=config)
+
+    def next_logits(self, ids: Tensor) -> Tensor:
+        """Read (B, n) new ids and return the logits of the token after them: (B, V)."""
+        mask = self.mask[:, : self.used + ids.shape[1]]
+        with autocast(ids.device):
+            if is_lean(self.model):
+                states = lean_states(self.model.transformer, ids, mask, self.position, 1, self)
+                logits = self.model.lm_head(states[:, -1])
+            else:
+                inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": self.position}
+                inputs |= {"past_key_values": self.library, "use_cache": True, "logits_to_keep": 1}
+                logits = self.model(**inputs).logits[:, -1]
+        self.used, self.position = self.used + ids.shape[1], self.position[:, -1:] + 1
+        return logits
+
+    def repeat(self, k: int) -> None:
+        """Every row k times, one after another."""
+        self.mask, self.position = self.mask.repeat_interleave(k, 0), self.position.repeat_interleave(k, 0)
+        if is_lean(self.model):
+            self.store = self.store.repeat_interleave(k, 2)
+        else:
+            self.library.batch_repeat_interleave(k)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some rows only."""
+        self.mask, self.position = self.mask[rows], self.position[rows]
+        if is_lean(self.model):
+            self.store = self.store[:, :, rows]
+        else:
+            self.library.batch_select_indices(rows)
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """From now on the backward pass keeps what enters each block, and computes what happens inside it again.
+
+    The library can do this too, but in train() mode only, which switches dropout on. Where no gradients are wanted,
+    as in sampling, nothing changes. A linear head has no blocks and stays as it is.
+    """
+    for block in model.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+# --------------------------------------------------------------------------------------- the lean path of GPT-2
+
+
+def is_lean(model: Model) -> bool:
+    """Is this a plain GPT-2 (language model, reward model or critic) without options that are left out below?"""
+    config = model.config
+    return (
+        config.model_type == "gpt2"
+        and config.activation_function in ("gelu_new", "gelu_pytorch_tanh")  # the same function
+        and config.scale_attn_weights
+        and not config.scale_attn_by_inverse_layer_idx
+        and not config.add_cross_attention
+        and "forward" not in vars(model.transformer.h[0])  # recompute_activations replaces it
+    )
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """In which precision matrix products come out here."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
+def lean_states(
+    trunk: nn.Module, ids: Tensor, mask: Tensor, position_ids: Tensor, last: int, cache: Cache | None = None
+) -> Tensor:
+    """Hidden states after the final norm of the `last` columns: (B, n) new ids -> (B, last, D).
+
+    mask: (B, L) bool over all L columns so far, of which the ids are the last n. Without a cache n = L.
+    The final block computes keys and values of all columns, and the rest only of those that are asked for.
+    """
+    n = ids.shape[1]
+    x = F.embedding(ids, trunk.wte.weight) + F.embedding(position_ids, trunk.wpe.weight)
+    hidden = hiding_mask(mask, n, cache.length if cache else n, product_dtype(ids.device))
+    for number, block in enumerate(trunk.h, 1):
+        read = last if number == len(trunk.h) else n
+        x = through_block(block, x, hidden, read, cache.store[number - 1] if cache else None, mask.shape[1] - n)
+    return norm(x, trunk.ln_f)
+
+
+def hiding_mask(mask: Tensor, n: int, length: int, dtype: torch.dtype) -> Tensor:
+    """(B, columns so far) bool of real tokens -> (B, 1, n, length) to add to the scores: 0 or -inf, made once for
+    all layers.
+
+    A new token sees itself and the real tokens before it. Padding sees itself, so that no row of the softmax
+    is empty. Columns from there to `length` are yet to come, and hidden.
+    """
+    L = mask.shape[1]
+    if n == 1:
+        seen = F.pad(mask, (0, length - L))[:, None, None]
+    else:
+        column = torch.arange(L, device=mask.device)
+        row = column[L - n :, None]
+        seen = (((column <= row) & mask[:, None, :]) | (column == row))[:, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill_(~seen, float("-inf"))
+
+
+def through_block(block: nn.Module, x: Tensor, hidden: Tensor, last: int, store: Tensor | None, used: int) -> Tensor:
+    """One transformer block, of which only the `last` columns are read: (B, n, D) -> (B, last, D).
+
+    store: keys and values of this block's cache, (2, B, heads, L, size), or None; the new ones go behind column `used`.
+    """
+    B, n, D = x.shape
+    heads = block.attn.num_heads
+    qkv = linear(norm(x, block.ln_1), block.attn.c_attn).view(B, n, 3, heads, D // heads)
+    query, key, value = qkv = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, n, size) each
+    if store is not None:
+        store[:, :, :, used : used + n] = qkv[1:]
+    if last < n:
+        x, query, hidden = x[:, -last:], query[:, :, -last:], hidden[:, :, -last:]
+    if store is None or n > 1:  # a whole text, or a prompt: the new tokens are all there are
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=hidden)
+    else:  # all columns of the cache, those to come too: cutting them off saves little, and costs with small heads
+        attended = attend_once(query, *store, hidden)
+    x = x + linear(attended.transpose(1, 2).reshape(B, last, D), block.attn.c_proj)
+    # autograd would have to keep every step of quick_gelu, so it is for sampling only
+    gelu = quick_gelu if store is not None and x.device.type == "cpu" else partial(F.gelu, approximate="tanh")
+    return x + linear(gelu(linear(norm(x, block.ln_2), block.mlp.c_fc)), block.mlp.c_proj)
+
+
+def attend_once(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
+    """Attention of one query a row, (B, heads, 1, size), as two batched products: on CPUs up to twice as quick as
+    the fused kernel, which is made for many queries. hidden: (B, 1, 1, L), added to the scores."""
+    B, heads, _, size = query.shape
+    hidden = hidden.expand(-1, heads, -1, -1).reshape(B * heads, 1, -1)
+    query, keys, values = (x.reshape(B * heads, -1, size) for x in (query, keys, values))
+    weights = torch.baddbmm(hidden, query, keys.transpose(1, 2), alpha=size**-0.5).softmax(-1)
+    return torch.bmm(weights, values).view(B, heads, 1, size)
+
+
+def linear(x: Tensor, layer: nn.Module) -> Tensor:
+    """Hugging Face's GPT-2 keeps its weights as (in, out): x @ W + b."""
+    return torch.addmm(layer.bias, x.view(-1, x.shape[-1]), layer.weight).view(*x.shape[:-1], -1)
+
+
+def norm(x: Tensor, layer: nn.Module) -> Tensor:
+    return F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """GPT-2's tanh approximation through 1/2 (1 + tanh u) = sigmoid(2u): twice as quick as the fused one on CPUs."""
+    u = (0.044715 * x).mul_(x).mul_(x).add_(x).mul_(2 * (2 / torch.pi) ** 0.5)  # in place: in the processor's cache
+    return u.sigmoid_().mul_(x)

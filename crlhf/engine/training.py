@@ -1,0 +1,182 @@
+"""The loop that SFT, reward model and DPO share, and the parts of it that PPO uses, too.
+
+Every stage trains with AdamW (no weight decay), a linear learning-rate schedule and a bound on the gradient's
+norm. While it trains, its state is saved now and then; the same command goes on from there and ends, on a
+CPU, with the same bits as a run that was never stopped.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from ..config import DataConfig, RunConfig, UserError
+from .files import Progress, shuffled, write_jsonl
+
+MAX_GRAD_NORM = 1.0  # gradients longer than this are shortened to it
+SAVING_SHARE = 20  # saving takes at most one part in so many of the time
+
+
+@dataclass
+class Job:
+    """What a training function is told besides its models, its data and its config."""
+
+    name: str  # of the stage: sft, reward, ppo, ...
+    folder: Path  # receives what it writes: metrics, and checkpoints while it goes on
+    seed: int = RunConfig.seed
+    max_response_tokens: int = DataConfig.max_response_tokens
+    checkpoint_seconds: float = RunConfig.checkpoint_seconds
+    sampling_batch_size: int = RunConfig.sampling_batch_size  # responses at once, where no config says it
+
+
+def fit(
+    model: torch.nn.Module, rows: list[dict], loss_of: Callable, config: object, job: Job, warmup: float
+) -> list[dict]:
+    """Train `model` in place on rows, config.batch_size a step, for config.epochs. Returns every step's metrics.
+
+    loss_of: rows of a step -> (scalar loss, dict of further metrics). warmup: share of the steps over which the
+    learning rate rises to config.lr.
+    """
+    optimizer = adamw(model)
+    checkpoint = Checkpoint(job, model=model, optimizer=optimizer)
+    total = steps_in(len(rows), config.batch_size, config.epochs)
+    for step in checkpoint.steps(total):
+        loss, metrics = loss_of([rows[i] for i in rows_of_step(len(rows), config.batch_size, step, job.seed, job.name)])
+        loss.backward()
+        lr = learning_rate(step, total, config.lr, warmup)
+        grad_norm = gradient_step(optimizer, lr)
+        require_finite(loss.item() + grad_norm, job.name, step, f"--{job.name}-lr", config.lr)
+        checkpoint.log({"step": step, "loss": loss.item(), **metrics, "grad_norm": grad_norm, "lr": lr}, "loss")
+    return checkpoint.rows
+
+
+# ------------------------------------------------------------------------------------- the parts of a step
+
+
+@lru_cache(maxsize=4)
+def epoch_order(n: int, seed: int, name: str, epoch: int) -> list[int]:
+    return shuffled(n, seed, name, epoch)
+
+
+def rows_of_step(n: int, batch_size: int, step: int, seed: int, name: str) -> list[int]:
+    """Row numbers of one step's batch: every epoch goes through all n rows in an order of its own.
+
+    The last rows that don't fill a batch wait for a later epoch. If n < batch_size the batch is all rows.
+    """
+    batch_size = min(batch_size, n)
+    epoch, place = divmod(step, n // batch_size)
+    return epoch_order(n, seed, name, epoch)[place * batch_size : (place + 1) * batch_size]
+
+
+def steps_in(n: int, batch_size: int, epochs: float) -> int:
+    """Number of gradient steps in `epochs` passes over n rows."""
+    return round(epochs * (n // min(batch_size, n)))
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: float = 0.0) -> float:
+    """Linear rise over `warmup * total` steps, then a linear fall that would reach 0 at step `total`."""
+    rise = warmup * total
+    return peak * min((step + 1) / rise if rise else 1.0, (total - step) / max(total - rise, 1))
+
+
+def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
+    """AdamW as in PPO for language models: eps 1e-5, no weight decay. The step sets the learning rate."""
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(model.parameters(), lr=0.0, eps=1e-5, weight_decay=0.0, fused=fused)
+
+
+def gradient_step(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """Bound the gradient's norm, step, clear the gradients. Returns the norm before it was bounded.
+
+    A norm that isn't finite leaves the weights as they are; the caller decides what to say.
+    """
+    (group,) = optimizer.param_groups
+    norm = float(torch.nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM))
+    if math.isfinite(norm):
+        group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def require_finite(value: float, stage: str, step: int, option: str, setting: float) -> None:
+    """Stop with one clear line when a loss or a gradient norm is nan or infinite."""
+    if not math.isfinite(value):
+        mend = f"lower {option} (now {setting:g}) and run again"
+        raise UserError(f"{stage}: the loss or its gradient is {value} at step {step}: {mend}")
+
+
+# --------------------------------------------------------------------------------------------- checkpoints
+
+
+class Checkpoint:
+    """The resumable state of one training loop, in checkpoint.pt; the rows that it logs, in metrics.jsonl.
+
+    `parts` maps names to whatever has state_dict and load_state_dict: models, optimisers, running moments. The file
+    is read back without unpickling anything but tensors and plain values.
+    """
+
+    def __init__(self, job: Job, **parts: object) -> None:
+        self.job, self.parts, self.rows = job, parts, []
+        self.folder = Path(job.folder)
+        self.file = self.folder / "checkpoint.pt"
+
+    def steps(self, total: int) -> Iterator[int]:
+        """Yield the step numbers still to do, with a progress bar, saving the state between steps."""
+        start = self.resume()
+        last_save, cost = time.monotonic(), 0.0
+        with Progress(total, self.job.name, start) as self.bar:
+            for step in range(start, total):
+                yield step
+                self.bar.update()
+                wait = max(self.job.checkpoint_seconds, SAVING_SHARE * cost) if self.job.checkpoint_seconds else 0.0
+                if time.monotonic() - last_save >= wait:
+                    started = time.monotonic()
+                    self.save(step + 1)
+                    last_save = time.monotonic()
+                    cost = last_save - started
+        write_jsonl(self.folder / "metrics.jsonl", self.rows)
+        self.file.unlink(missing_ok=True)
+
+    def resume(self) -> int:
+        """Load the last checkpoint, if there is one, and return the step to go on from."""
+        if not self.file.exists():
+            return 0
+        try:
+            state = torch.load(self.file, map_location="cpu", weights_only=True)
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.rows = state["rows"]
+            return state["step"]
+        except Exception:  # a damaged file makes torch raise many kinds
+            what = f"{self.file} can't be read, or is none of this stage's checkpoints"
+            raise UserError(f"{what}: delete it to start this stage again") from None
+
+    def save(self, step: int) -> None:
+        """Write the state of after `step` steps. torch copies tensors to the host one by one: no clones on a GPU."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        temporary = self.file.with_name("checkpoint.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save({**state, "rows": self.rows, "step": step}, file)
+            os.replace(temporary, self.file)
+        except RuntimeError as error:  # torch's, for any trouble of the disk
+            raise error.__context__ or error from None
+        finally:
+            temporary.unlink(missing_ok=True)
+        write_jsonl(self.folder / "metrics.jsonl", self.rows)
+
+    def log(self, row: dict, *shown: str) -> None:
+        """Keep a row of metrics; those named in `shown` appear beside the progress bar."""
+        self.rows.append({name: as_float(value) for name, value in row.items()})
+        self.bar.set_postfix({name: f"{row[name]:.2f}" for name in shown if name in row}, refresh=False)
+
+
+def as_float(value: object) -> object:
+    return value.item() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,113 @@
+"""Rows of results, and how they become CSV and Markdown.
+
+A row is a dict. Most hold a setting, a method, a seed and what was measured. A (mean, half) pair is a mean over seeds
+and the half-width of its 95% interval.
+"""
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..config import UserError
+from ..engine.files import write_atomic
+from ..evaluate import mean_interval
+
+# ------------------------------------------------------------------------------------------ choosing rows
+
+
+def select(rows: list[dict], **wanted: object) -> list[dict]:
+    """The rows whose columns hold these values."""
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def distinct(rows: list[dict], name: str) -> list:
+    """The different values of a column, in order of appearance."""
+    return list(dict.fromkeys(row[name] for row in rows))
+
+
+def settings_of(rows: list[dict]) -> list[str]:
+    return distinct(rows, "setting")
+
+
+def methods_of(rows: list[dict], setting: str) -> list[str]:
+    return distinct(select(rows, setting=setting), "method")
+
+
+def labels_of(rows: list[dict]) -> list[tuple[str, str]]:
+    """All (setting, method), in order of appearance."""
+    return list(dict.fromkeys((row["setting"], row["method"]) for row in rows))
+
+
+def values(rows: list[dict], setting: str, method: str, key: str = "gold") -> list[float]:
+    """Values of one variant, in the order of their seeds."""
+    chosen = select(rows, setting=setting, method=method)
+    return [row[key] for row in sorted(chosen, key=lambda row: row["seed"])]
+
+
+def interval(rows: list[dict], setting: str, method: str, key: str = "gold") -> tuple[float, float]:
+    """(mean, half) of one variant."""
+    return mean_interval(values(rows, setting, method, key))
+
+
+def difference(
+    rows: list[dict],
+    setting: str,
+    method: str,
+    reference: str = "ppo",
+    key: str = "gold",
+    reference_setting: str | None = None,
+) -> tuple[float, float]:
+    """(mean, half) of a variant minus a reference, paired by seed."""
+    others = values(rows, setting if reference_setting is None else reference_setting, reference, key)
+    return mean_interval([a - b for a, b in zip(values(rows, setting, method, key), others, strict=True)])
+
+
+# --------------------------------------------------------------------------------------------- text, files
+
+
+def plus_minus(pair: tuple[float, float], digits: int = 2, sign: str = "") -> str:
+    """'0.21 ± 0.06'; with sign '+' always '+0.21' or '-0.21'."""
+    mean, half = pair
+    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
+
+
+def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A table: names of columns, and lines of cells."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def table(rows: list[dict], heading: str, reference: str = "ppo") -> str:
+    """Mean over seeds, and the paired difference to a reference method in the same setting, as Markdown."""
+    head = [heading, "method", "gold", f"minus {reference} (paired)", "reward", "KL", "win / tie / loss vs SFT"]
+    lines = []
+    for setting in settings_of(rows):
+        methods = methods_of(rows, setting)
+        for method in methods:
+            names = ("reward", "kl", "win", "tie", "loss")
+            means = {name: interval(rows, setting, method, name)[0] for name in names}
+            has_gap = method != reference and reference in methods
+            gap = plus_minus(difference(rows, setting, method, reference), 3, "+") if has_gap else ""
+            shares = " / ".join(f"{means[share]:.0%}" for share in ("win", "tie", "loss"))
+            gold = plus_minus(interval(rows, setting, method), 3)
+            lines.append([setting, method, gold, gap, f"{means['reward']:.2f}", f"{means['kl']:.1f}", shares])
+    return markdown(head, lines)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Rows (dicts with the same keys) as a CSV; numbers keep four digits behind the point."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()})
+    write_atomic(path, text.getvalue())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV that an experiment wrote; all values are text."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: run 'python -m crlhf experiment {path.stem}' first")
+    with open(path, encoding="utf-8") as file:
+        return list(csv.DictReader(file))

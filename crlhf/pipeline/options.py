@@ -1,0 +1,126 @@
+"""The options of the command line: read them, check them, and what may not be combined. Imports nothing heavy."""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import NoReturn
+
+from ..config import METHODS, Config, UserError
+
+STAGES = ("all", "data", "sft", "preferences", "reward", "baselines", *METHODS, "evaluation")
+ABOUT = """RLHF with contrastive rewards: SFT, reward model, offline baselines, PPO, comparison. Without a STAGE all
+is run; with one, that stage and what it needs. Finished stages are reused, and a run that was stopped goes on where it
+was. Besides the stages: 'experiment NAME' repeats a question over many seeds, 'benchmark' measures speed, 'memory' says
+what some models need on a GPU.
+"""
+
+# Options of these groups carry no prefix on the command line: --dataset, --seed, --label-flips.
+UNPREFIXED = ("run", "data", "world")
+# One option where the plain word says more than group-name.
+SHORT_NAMES = {"model-name": "model", "reward-source": "reward", "eval-judge": "judge", "baselines-k": "k"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one clear line instead of the usage page on a mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (python -m crlhf --help lists all options)")
+
+
+def parse(arguments: list[str]) -> tuple[str, bool, Config]:
+    """Command line -> (stage, redo, Config)."""
+    usage = "python -m crlhf [STAGE] [--option VALUE ...]"
+    parser = Parser(prog="python -m crlhf", usage=usage, description=ABOUT, allow_abbrev=False)
+    parser.add_argument("stage", nargs="?", default="all", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
+    parser.add_argument("--redo", action="store_true", help="redo the stages whose settings have changed")
+    config, groups = Config(), {}
+    for name, group, knob in options(config):
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        text = f"{knob.metadata['help']} (default: {knob.default})".replace("%", "%%")
+        shown = {"metavar": knob.name.upper(), "help": text, "default": knob.default}
+        kind = read_bool if knob.type is bool else knob.type
+        groups[group].add_argument(f"--{name}", dest=f"{group}.{knob.name}", type=kind, **shown)
+    values = vars(parser.parse_args(arguments))
+    stage, redo = values.pop("stage"), values.pop("redo")
+    for name, value in values.items():
+        group, knob_name = name.split(".")
+        setattr(getattr(config, group), knob_name, value)
+    validate(config)
+    if stage in METHODS and stage not in config.method_list():
+        config.run.methods += f",{stage}"
+    return stage, redo, config
+
+
+def read_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return text.lower() in ("true", "yes", "1")
+
+
+def options(config: Config) -> Iterator[tuple[str, str, dataclasses.Field]]:
+    """Yield (option name, group name, dataclass field) for every knob, in the order of the file."""
+    for group in dataclasses.fields(config):
+        for knob_field in dataclasses.fields(getattr(config, group.name)):
+            name = knob_field.name if group.name in UNPREFIXED else f"{group.name}-{knob_field.name}"
+            name = name.replace("_", "-")
+            yield SHORT_NAMES.get(name, name), group.name, knob_field
+
+
+def validate(config: Config) -> None:
+    """Raise UserError for a value outside its range, or for values that contradict each other."""
+    for name, group, knob_field in options(config):
+        check_value(name, getattr(getattr(config, group), knob_field.name), knob_field.metadata)
+    for contradiction in contradictions(config):
+        raise UserError(contradiction)
+
+
+def check_value(name: str, value: object, allowed: dict) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--{name} is {value}: give a finite number")
+    if allowed["choices"] and value not in allowed["choices"]:
+        raise UserError(f"--{name} is '{value}': choose one of {', '.join(allowed['choices'])}")
+    low, high = allowed["low"], allowed["high"]
+    if (low is not None and value < low) or (high is not None and value > high):
+        bounds = f"from {low} to {high}" if low is not None and high is not None else f"of at least {low}"
+        raise UserError(f"--{name} is {value}: use a value {bounds}")
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """What can't be combined, in words that say how to mend it."""
+    ppo, batch = config.ppo, f"--ppo-batch-size {config.ppo.batch_size}"
+    if ppo.batch_size % ppo.minibatches:
+        multiple = max(1, ppo.batch_size // ppo.minibatches) * ppo.minibatches
+        yield f"{batch} is not divisible by --ppo-minibatches {ppo.minibatches}: use a multiple, such as {multiple}"
+    if ppo.batch_size % ppo.group_size:
+        yield f"--ppo-group-size {ppo.group_size} doesn't divide {batch}: use a divisor of it"
+    if config.contrastive.source == "group" and ppo.group_size == 1:
+        yield "--contrastive-source group compares responses to one prompt with each other: add --ppo-group-size 4"
+    if config.contrastive.source == "group" and config.contrastive.refresh:
+        what = "--contrastive-refresh samples offline baselines again, and --contrastive-source group has none"
+        yield f"{what}: leave one of them out"
+    if config.data.dataset == "reviews" and config.world.train_prompts < ppo.batch_size // ppo.group_size:
+        what = f"--train-prompts {config.world.train_prompts} is less than {batch}"
+        yield f"{what}: lower the batch size or raise the number of prompts"
+    if config.model.width % config.model.heads:
+        what = f"--model-width {config.model.width} is not divisible by --model-heads {config.model.heads}"
+        yield f"{what}: change one of them"
+    if not config.method_list() or set(config.method_list()) - set(METHODS):
+        yield f"--methods '{config.run.methods}' names no known method: choose from {', '.join(METHODS)}"
+    for option, value in (("--reward", config.reward.source), ("--judge", config.eval.judge)):
+        if value == "gold" and config.data.dataset != "reviews":
+            world = f"--dataset reviews has a known gold score, {config.data.dataset} has none"
+            yield f"{option} gold needs the embedded world: {world}"
+    if ppo.critic == "reward_model" and config.reward.source != "train":
+        what = f"--ppo-critic reward_model needs a trained reward model, but --reward is {config.reward.source}"
+        yield f"{what}: add --ppo-critic zero_head"
+
+
+def from_dict(values: dict) -> Config:
+    """Rebuild a Config from `dataclasses.asdict`, as read from a config.json."""
+    config = Config()
+    for group, knobs in values.items():
+        for name, value in knobs.items():
+            setattr(getattr(config, group), name, value)
+    return config

@@ -1,0 +1,106 @@
+"""The end of a run in words: the table, samples, and report.md with its figures."""
+
+from pathlib import Path
+
+from ..engine.files import write_atomic
+from ..evaluate import column, compare, mean_interval
+from . import plots
+from .plots import STYLES
+
+SAMPLES = 3  # prompts whose responses are shown
+
+
+def summarise(results: dict[str, list[dict]], judges: list[str]) -> dict:
+    """Per method: mean and interval of every score, KL, share that ended, and comparisons by the last judge.
+
+    results: method -> rows of `evaluate_policy`, all on the same prompts. Also holds the table as text.
+    """
+    summary = {"judge": judges[-1], "methods": {}}
+    for method, rows in results.items():
+        entry = {name: mean_interval(column(rows, name)) for name in (*judges, "kl")}
+        entry["ended"] = column(rows, "ended").mean().item()
+        for other in ("sft", "ppo"):
+            if other in results and method not in ("sft", other):
+                entry[f"against_{other}"] = compare(column(rows, judges[-1]), column(results[other], judges[-1]))
+        summary["methods"][method] = entry
+    summary["table"] = summary_table(summary, judges, len(results["sft"]))
+    return summary
+
+
+def summary_table(summary: dict, judges: list[str], n: int) -> str:
+    """A Markdown table that also reads well in a terminal."""
+    versus = [f"vs {other}: win / tie / loss" for other in ("SFT", "plain PPO")]
+    lines = [["method", *judges, "KL (nats)", "ended", *versus, "minus plain PPO"]]
+    for method, entry in summary["methods"].items():
+        plain = entry.get("against_ppo")
+        cells = [
+            STYLES[method].title,
+            *(with_interval(entry[name]) for name in (*judges, "kl")),
+            f"{entry['ended']:.0%}",
+        ]
+        cells += [shares(entry.get("against_sft")), shares(plain)]
+        lines.append([*cells, with_interval(plain["difference"], "+") if plain else ""])
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in padded)
+    return (
+        f"{body}\n\n{n} held-out prompts, one response each. ± and [ ] are 95% intervals over prompts, for this one "
+        f"training seed. {summary['judge']} decides wins."
+    )
+
+
+def shares(comparison: dict | None) -> str:
+    """'55% [49, 61] / 27% / 18%': wins with their Wilson interval, ties, losses."""
+    if comparison is None:
+        return ""
+    low, high = (100 * bound for bound in comparison["win_interval"])
+    return f"{comparison['win']:.0%} [{low:.0f}, {high:.0f}] / {comparison['tie']:.0%} / {comparison['loss']:.0%}"
+
+
+def with_interval(mean_and_half: tuple[float, float], sign: str = "") -> str:
+    return "{:{sign}.2f} ± {:.2f}".format(*mean_and_half, sign=sign)
+
+
+def samples_text(results: dict[str, list[dict]], judge: str) -> str:
+    """The same first prompts, answered by every method."""
+    lines = []
+    for i in range(min(SAMPLES, len(results["sft"]))):
+        lines += ["", f"prompt: {results['sft'][i]['prompt'].strip()}"]
+        for method, rows in results.items():
+            response = rows[i]["response"].strip() or "(nothing)"
+            lines.append(f"  {STYLES[method].title:<26} {rows[i][judge]:+.2f}  {response}")
+    return "\n".join(lines)
+
+
+def write_report(folder: Path, seed: int, summary: dict, results: dict[str, list[dict]], metrics: dict) -> None:
+    """report.md and its figures in the run folder. metrics: method -> rows of metrics.jsonl, for PPO's methods."""
+    figures = Path(folder) / "figures"
+    figures.mkdir(exist_ok=True)
+    names = []
+    if metrics:
+        names.append(plots.learning_curves(metrics, figures / "learning.png"))
+        names.append(plots.variance_curves(metrics, figures / "variance.png"))
+    if "gold" in results["sft"][0]:
+        names.append(plots.gold_by_difficulty(results, figures / "difficulty.png"))
+    pictures = "\n\n".join(f"![{name}](figures/{name}.png)" for name in names)
+    write_atomic(
+        Path(folder) / "report.md",
+        f"""# {folder.name}
+
+{summary["table"]}
+
+{pictures}
+
+## Samples
+
+The first {SAMPLES} held-out prompts, with the judge's score.
+
+```text
+{samples_text(results, summary["judge"]).strip()}
+```
+
+Made by `python -m crlhf` with the settings in `config.json`, seed {seed}. One seed is an anecdote: compare
+methods over several.
+""",
+    )

@@ -1,0 +1,116 @@
+"""Rewards as callables (prompts, responses) -> (B,): the trained model, a classifier, a function in a user's file."""
+
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+from ..config import RunConfig, UserError
+from ..engine.forward import Model
+from ..engine.models import load_model, load_tokenizer
+from ..engine.text import Reward, Tokenizer
+from ..reward import score_texts
+
+
+class ModelReward:
+    """A sequence classifier as a reward callable: lists of B texts -> (B,) float on the CPU.
+
+    One label: its logit is the reward. Several labels: `label` names one (by its name or number), and the
+    reward is its log-odds, log p / (1 - p).
+    """
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, max_response_tokens: int, label: str = "") -> None:
+        self.model, self.tokenizer, self.max_response_tokens = model, tokenizer, max_response_tokens
+        self.batch_size, self.label = RunConfig.sampling_batch_size, 0
+        labels = model.config.id2label
+        if len(labels) > 1:
+            names = {str(name).lower(): number for number, name in labels.items()}
+            names |= {str(number): number for number in labels}
+            if label.lower() not in names:
+                what = f"--reward-label '{label}' is no label of the classifier '{model.name_or_path}'"
+                raise UserError(f"{what}: choose one of {', '.join(map(str, labels.values()))}")
+            self.label = names[label.lower()]
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
+        pieces = []
+        for first in range(0, len(prompts), self.batch_size):
+            texts = prompts[first : first + self.batch_size], responses[first : first + self.batch_size]
+            pieces.append(score_texts(self.model, self.tokenizer, *texts, self.max_response_tokens).cpu())
+        logits = torch.cat(pieces)
+        rewards = logits[:, 0]
+        if logits.shape[1] > 1:
+            log_probs = logits.log_softmax(-1)
+            others = torch.cat([log_probs[:, : self.label], log_probs[:, self.label + 1 :]], 1)
+            rewards = log_probs[:, self.label] - others.logsumexp(-1)
+        mend = "train it again at a lower --reward-lr, or choose another"
+        require_numbers(rewards, responses, f"reward model '{self.model.name_or_path}'", mend)
+        return rewards
+
+
+LARGEST = 1e6  # size of a reward; squares of larger ones lose their meaning in fp32
+
+
+def require_numbers(rewards: Tensor, responses: list[str], who: str, mend: str) -> None:
+    """Raise UserError for a reward that is nan, infinite or huge, with the response that it was given for."""
+    usable = rewards.abs() <= LARGEST
+    if not usable.all():
+        row = int((~usable).nonzero()[0])
+        raise UserError(f"{who} returned {rewards[row]:g} for the response {responses[row][:60]!r}: {mend}")
+
+
+def load_model_reward(name: str, device: torch.device | str, max_response_tokens: int, label: str = "") -> ModelReward:
+    """A reward callable from a classifier's folder or hub name."""
+    model = load_model(name, AutoModelForSequenceClassification).to(device)
+    return ModelReward(model, load_tokenizer(name), max_response_tokens, label)
+
+
+def load_function_reward(spec: str) -> Reward:
+    """A reward callable from FILE.py:FUNCTION. What it returns is checked on every call."""
+    path, _, name = spec.rpartition(":")
+    if not Path(path).is_file():
+        raise UserError(f"reward '{spec}': there is no file '{path}'; give FILE.py:FUNCTION")
+    module_spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses in the file look their module up
+    try:
+        module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever a user's file raises on import is theirs to mend
+        what = described(error, path)
+        raise UserError(f"reward '{spec}': {path} fails on import with {what}: mend the file") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"reward '{spec}': {path} has no function '{name}'")
+    return checked(function, spec)
+
+
+def checked(reward: Callable, name: str) -> Reward:
+    """Wrap a user's reward function: it must return one finite number a response."""
+
+    def checked_reward(prompts: list[str], responses: list[str]) -> Tensor:
+        mend = f"return one number for each of the {len(prompts)} responses"
+        try:
+            rewards = torch.as_tensor(reward(prompts, responses), dtype=torch.float32).detach().cpu()
+        except Exception as error:
+            what = described(error, name.rpartition(":")[0])
+            raise UserError(f"reward '{name}' fails with {what}: {mend}") from None
+        if rewards.shape != (len(prompts),):
+            what = f"returned shape {tuple(rewards.shape)} for {len(prompts)} responses"
+            raise UserError(f"reward '{name}' {what}: {mend}")
+        mend = f"return a finite number, at most {LARGEST:g} in size"
+        require_numbers(rewards, responses, f"reward '{name}'", mend)
+        return rewards
+
+    return checked_reward
+
+
+def described(error: BaseException, path: str) -> str:
+    """'ValueError: its message (line 3)', with the last line of the user's file that the error went through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).name == Path(path).name]
+    return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")

@@ -1,0 +1,248 @@
+"""One run: which stages there are, what each depends on, what has to be done again.
+
+    data -> sft -> preferences -> reward -> baselines -> ppo, contrastive, adaptive, dpo -> evaluation -> report
+
+A run is a folder. Each stage builds its artefacts in `STAGE.part/` and renames the folder to `STAGE/` when it is
+done, so a stage is there whole or not at all. A finished stage is reused while its settings, the files that it read,
+and those of all it builds on, are unchanged. What a stage does stands in `stages.py`.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from .. import reviews
+from ..config import METHODS, Config, UserError
+from ..engine.files import read_json, read_jsonl, write_json
+from ..engine.forward import Model
+from ..engine.models import load_model, load_tokenizer, pick_device
+from ..engine.text import Reward, Tokenizer
+from ..engine.training import Job
+from . import stages
+from .report import samples_text
+from .rewards import load_function_reward, load_model_reward
+
+DERIVED = ("evaluation",)  # redone without asking when something before them changed
+
+
+@dataclass
+class Stage:
+    build: Callable  # (pipeline, folder) -> summary in one line
+    settings: dict  # everything that the result depends on, besides the stages below
+    needs: tuple[str, ...]  # stages it reads
+    fingerprint: str = ""  # of its settings and of all it builds on
+
+
+# ------------------------------------------------------------------------------------------------ the plan
+
+
+def make_plan(c: Config) -> dict[str, Stage]:
+    """All stages of a run in order, by name."""
+    seed, size = {"seed": c.run.seed}, {"sampling_batch_size": c.run.sampling_batch_size}
+    world = asdict(c.world) if c.data.dataset == "reviews" else {}
+    raters = {key: world.pop(key) for key in ("pairs", "label_flips", "flips", "fooled") if key in world}
+    noise = {key: world.pop(key) for key in ("prompt_bias", "score_noise") if key in world}
+    files = {"files": file_stamps(c.data.dataset) + file_stamps(c.model.name)}
+    plan = {"data": Stage(stages.build_data, {**seed, **world, **asdict(c.data), **asdict(c.model), **files}, ())}
+    plan["sft"] = Stage(stages.build_sft, {**seed, **asdict(c.sft)}, ("data",))
+    trains_reward = c.reward.source == "train"
+    if trains_reward or "dpo" in c.method_list():
+        plan["preferences"] = Stage(stages.build_preferences, {**seed, **raters, **size}, ("sft",))
+    files = {"files": file_stamps(c.reward.source)}
+    needs = ("sft", "preferences") if trains_reward else ("data",)
+    plan["reward"] = Stage(stages.build_reward, {**seed, **asdict(c.reward), **files}, needs)
+    sampled = {**seed, **noise}
+    if c.contrastive.source == "offline":
+        # prompts that PPO never meets need no baselines: these two numbers say which it meets
+        met = {"iterations": stages.offline_iterations(c), "prompts": c.ppo.batch_size // c.ppo.group_size}
+        settings = {**sampled, **size, **asdict(c.baselines), **met}
+        plan["baselines"] = Stage(stages.build_baselines, settings, ("sft", "reward"))
+    for name in c.method_list():
+        contrastive, needs = {}, ("sft", "reward")
+        if name == "dpo":
+            plan[name] = Stage(stages.build_dpo, {**seed, **asdict(c.dpo)}, ("sft", "preferences"))
+            continue
+        if METHODS[name].contrast:
+            contrastive = {"contrastive": asdict(c.contrastive)}
+            needs += ("baselines",) if "baselines" in plan else ()
+        plan[name] = Stage(partial(stages.build_ppo, name=name), {**sampled, **asdict(c.ppo), **contrastive}, needs)
+    settings = {**seed, **size, **asdict(c.eval), "temperature": c.ppo.temperature, "files": file_stamps(c.eval.judge)}
+    plan["evaluation"] = Stage(stages.build_evaluation, settings, ("sft", "reward", *c.method_list()))
+    for name, stage in plan.items():
+        stage.fingerprint = fingerprint([name, stage.settings, [plan[need].fingerprint for need in stage.needs]])
+    return plan
+
+
+def fingerprint(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def file_stamps(name: str) -> list[list]:
+    """Name, size and time of change of what a knob names on this disk: FILE, FILE.py:FUNCTION, or all of a folder."""
+    if name in ("reviews", "tiny", "train", "gold", "reward", "auto"):
+        return []
+    path = Path(name.rpartition(":")[0] if ".py:" in name else name)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stats = [(file, file.stat()) for file in files if file.is_file()]
+    return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+
+
+def requirements(plan: dict[str, Stage], name: str) -> set[str]:
+    """The stage and everything it builds on, directly or not."""
+    return {name}.union(*(requirements(plan, need) for need in plan[name].needs))
+
+
+def built_with(folder: Path) -> dict:
+    """{'fingerprint', 'settings'} that a stage folder was built with, or {}."""
+    try:
+        return dict(read_json(folder / "stage.json"))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+# ------------------------------------------------------------------------------------------------- the run
+
+
+class Pipeline:
+    """A config, a folder, a device, and the stages that turn the one into the other."""
+
+    def __init__(self, config: Config, say: Callable[[str], None] = print) -> None:
+        self.config, self.say, self.folder = config, say, Path(config.run.out)
+        self.device, self.world = pick_device(config.run.device), config.data.dataset == "reviews"
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+
+    def run_to(self, last: str = "all", redo: bool = False) -> None:
+        """Run every stage that `last` builds on, then `last` itself; 'all' runs everything."""
+        plan = make_plan(self.config)
+        if last != "all" and last not in plan:
+            raise UserError(f"stage '{last}' is not part of this run: its stages are {', '.join(plan)}")
+        self.check_folder(plan, redo)
+        write_json(self.folder / "config.json", asdict(self.config))
+        wanted = set(plan) if last == "all" else requirements(plan, last)
+        for name, stage in plan.items():
+            if name in wanted:
+                self.run_stage(name, stage)
+        if "evaluation" in wanted:
+            self.show_results()
+
+    def run_stage(self, name: str, stage: Stage) -> None:
+        """Reuse a finished stage, or build it: from nothing, or from where it was stopped."""
+        final, part = self.path(name), self.path(f"{name}.part")
+        if built_with(final).get("fingerprint") == stage.fingerprint:
+            self.say(f"{name}: done before, reused")
+            return
+        if built_with(part).get("fingerprint") != stage.fingerprint:
+            shutil.rmtree(part, ignore_errors=True)
+        elif (part / "checkpoint.pt").exists():
+            self.say(f"{name}: going on from a checkpoint")
+        part.mkdir(parents=True, exist_ok=True)
+        write_json(part / "stage.json", {"fingerprint": stage.fingerprint, "settings": stage.settings})
+        started = time.monotonic()
+        summary = stage.build(self, part)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(part, final)
+        self.say(f"{name}: {summary} ({time.monotonic() - started:.0f} s)")
+
+    def check_folder(self, plan: dict[str, Stage], redo: bool) -> None:
+        """Refuse a folder that isn't ours, or whose finished stages were made with other settings."""
+        for path in (self.folder, *self.folder.parents):
+            if path.exists() and not path.is_dir():
+                raise UserError(f"--out {self.folder}: {path} is a file: choose a folder")
+        others = {path.name for path in self.folder.glob("*")} - {"config.json.tmp"}
+        if others and not is_run(self.folder):
+            raise UserError(f"--out {self.folder} holds other things than a crlhf run: choose an empty or new folder")
+        built = {name: built_with(self.path(name)) for name in plan}
+        if built["data"].get("fingerprint") == plan["data"].fingerprint:
+            stages.check_batch(self.config, self.prompts("train"))
+        stale = [name for name in plan if built[name] and built[name].get("fingerprint") != plan[name].fingerprint]
+        stale = [name for name in stale if name not in DERIVED]
+        if not stale:
+            return
+        changed = "; ".join(self.changes(plan, built)[:4]) or "the project itself has changed"
+        if not redo:
+            mend = f"add --redo to redo {', '.join(stale)}, or choose another --out"
+            raise UserError(f"--out {self.folder} holds another config ({changed}): {mend}")
+        self.say(f"changed: {changed}; will redo {', '.join(stale)}")
+
+    def changes(self, plan: dict[str, Stage], built: dict[str, dict]) -> list[str]:
+        """What differs from the folder, for a message: ['ppo.lr was 0.001, is 0.002', 'judge.py has changed']."""
+        try:
+            old = read_json(self.folder / "config.json")
+        except (OSError, ValueError):
+            old = {}
+        new = asdict(self.config)
+        new["run"] = {"seed": self.config.run.seed}
+        found = [
+            f"{group}.{knob} was {old[group][knob]}, is {value}".removeprefix("run.")
+            for group, knobs in new.items()
+            for knob, value in knobs.items()
+            if old.get(group, {}).get(knob, value) != value
+        ]
+        for name, stage in plan.items():
+            before = built[name].get("settings", {}).get("files", [])
+            found += [
+                f"{file[0]} has changed" for file in stage.settings.get("files", []) if before and file not in before
+            ]
+        return found
+
+    def show_results(self) -> None:
+        """The table and the samples, also when the evaluation was done before."""
+        summary = read_json(self.path("evaluation") / "summary.json")
+        results = {method: self.rows("evaluation", method) for method in summary["methods"]}
+        self.say(f"\n{summary['table']}\n{samples_text(results, summary['judge'])}\n")
+        self.say(f"see {self.folder / 'report.md'} and the figures beside it")
+
+    # ------------------------------------------------------------------------------ what stages share
+
+    def path(self, stage: str) -> Path:
+        return self.folder / stage
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(str(self.path("data") / "tokenizer"))
+
+    def rows(self, stage: str, file: str) -> list[dict]:
+        return read_jsonl(self.path(stage) / f"{file}.jsonl")
+
+    def prompts(self, which: str) -> list[str]:
+        return [row["prompt"] for row in self.rows("data", f"{which}_prompts")]
+
+    def model(self, stage: str) -> Model:
+        return load_model(str(self.path(stage))).to(self.device)
+
+    def job(self, name: str, folder: Path | None = None) -> Job:
+        """What every training or sampling function is told."""
+        run, lengths = self.config.run, self.config.data.max_response_tokens
+        return Job(name, folder, run.seed, lengths, run.checkpoint_seconds, run.sampling_batch_size)
+
+    def reward_callable(self, spec: str) -> Reward:
+        """'train', 'gold', FILE.py:FUNCTION or a classifier, as a reward callable."""
+        if spec == "gold":
+            return reviews.gold_reward
+        if ".py:" in spec:
+            return load_function_reward(spec)
+        name = str(self.path("reward")) if spec == "train" else spec
+        return load_model_reward(name, self.device, self.config.data.max_response_tokens, self.config.reward.label)
+
+    def noisy_reward(self) -> Reward:
+        """The reward PPO and the baselines see: with the rater's faults in the embedded world."""
+        reward, world = self.reward_callable(self.config.reward.source), self.config.world
+        if not self.world:
+            return reward
+        return reviews.NoisyReward(reward, world.prompt_bias, world.score_noise, self.config.run.seed)
+
+
+def is_run(folder: Path) -> bool:
+    """Does the folder hold a run of ours? Model folders have a config.json too, and must not be overwritten."""
+    try:
+        return {"run", "data", "ppo"} <= set(read_json(folder / "config.json"))
+    except (OSError, ValueError, TypeError):
+        return False

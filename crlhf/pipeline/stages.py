@@ -1,0 +1,292 @@
+"""The stages: each fills its folder and returns a one-line summary of what came out.
+
+`pipe` is the Pipeline (run.py): it knows the config, where finished stages lie, and the reward.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from .. import reviews
+from ..baselines import baseline_rewards, sample_baselines
+from ..config import METHODS, Config, PPOConfig, UserError
+from ..contrastive import ContrastiveReward
+from ..dpo import train_dpo
+from ..engine.files import slices, stream, write_json, write_jsonl
+from ..engine.forward import context_length, recompute_activations
+from ..engine.models import frozen_copy, load_model, load_tokenizer, read_model_config, save, scalar_model, tiny_model
+from ..engine.text import Tokenizer, encode_prompt
+from ..engine.tokenizers import bpe_tokenizer, training_texts, word_tokenizer
+from ..evaluate import evaluate_policy
+from ..policy import generate
+from ..ppo import Models, missing_eos, prompt_order, train_ppo
+from ..reward import preference_accuracy, train_reward_model, variance_parts
+from ..sft import train_sft
+from .data import Corpus, build_corpus, read_rows
+from .report import summarise, write_report
+from .rewards import ModelReward
+
+if TYPE_CHECKING:
+    from .run import Pipeline
+
+# --------------------------------------------------------------------------------------------------- data
+
+
+def build_data(pipe: "Pipeline", folder: Path) -> str:
+    c = pipe.config
+    tokenizer = load_tokenizer(c.model.name) if c.model.name != "tiny" else None
+    if pipe.world:
+        tokenizer = tokenizer or word_tokenizer(reviews.WORDS)
+        corpus = world_corpus(c)
+    else:
+        rows = read_rows(c.data.dataset, c.data.split, c.data.max_rows)
+        tokenizer = tokenizer or bpe_tokenizer(training_texts(rows), c.model.vocab_size)
+        corpus = build_corpus(rows, c.data.dataset, tokenizer, c.data, c.run.seed)
+        if not corpus.preferences and (c.reward.source == "train" or "dpo" in c.method_list()):
+            mend = "give --reward a classifier's name or FILE.py:FUNCTION"
+            if "dpo" in c.method_list():
+                mend += ", and leave dpo out of --methods"
+            raise UserError(f"{c.data.dataset} has no preferences to learn from: {mend}")
+    check_batch(c, corpus.train_prompts)
+    check_context(c, tokenizer, [*corpus.train_prompts, *corpus.eval_prompts])
+    for spec in {c.reward.source, c.eval.judge} - {"train", "reward", "auto", "gold"}:
+        pipe.reward_callable(spec)(["a prompt"], ["a response"])  # fails here rather than hours later
+    for name in ("train_prompts", "eval_prompts"):
+        write_jsonl(folder / f"{name}.jsonl", [{"prompt": prompt} for prompt in getattr(corpus, name)])
+    for name in ("demonstrations", "preferences", "eval_preferences"):
+        write_jsonl(folder / f"{name}.jsonl", getattr(corpus, name))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    for note in corpus.notes:
+        pipe.say(note)
+    n_train, n_eval = len(corpus.train_prompts), len(corpus.eval_prompts)
+    return f"{len(corpus.demonstrations)} demonstrations, {n_train} prompts to train on, {n_eval} held out"
+
+
+def world_corpus(c: Config) -> Corpus:
+    """The embedded world's data; its preferences wait for the SFT policy's responses."""
+    train = reviews.make_prompts(c.world.train_prompts, f"{c.run.seed}-train")
+    held_out = reviews.make_prompts(c.world.eval_prompts, f"{c.run.seed}-eval", avoid=train)
+    return Corpus(train, held_out, reviews.make_demonstrations(c.world.demonstrations, c.run.seed))
+
+
+def check_batch(config: Config, prompts: list[str]) -> None:
+    """A rollout batch holds every training prompt at most group_size times."""
+    if len(prompts) < config.ppo.batch_size // config.ppo.group_size:
+        what = f"{len(prompts)} training prompts, fewer than --ppo-batch-size {config.ppo.batch_size}"
+        raise UserError(f"{config.data.dataset} gives {what}: lower it")
+
+
+def check_context(config: Config, tokenizer: Tokenizer, prompts: list[str]) -> None:
+    """Prompts must be within their limit, and prompt and response must fit into what the model can address."""
+    data, name = config.data, config.model.name
+    length = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
+    if length > data.max_prompt_tokens:  # the embedded world's: a dataset's long prompts have been dropped
+        what = f"--max-prompt-tokens {data.max_prompt_tokens} is too low"
+        raise UserError(f"{what}: the longest prompt of {data.dataset} has {length} tokens")
+    if name == "tiny":
+        return
+    model_config = read_model_config(name)
+    longest, limit = data.max_prompt_tokens + data.max_response_tokens, context_length(model_config)
+    if longest > limit:
+        what = f"--max-prompt-tokens {data.max_prompt_tokens} + --max-response-tokens {data.max_response_tokens}"
+        mend = "lower one of them"
+        raise UserError(f"{what} = {longest} exceed the {limit} tokens that '{name}' can address: {mend}")
+    rows = getattr(model_config, "vocab_size", None)
+    if rows is not None and len(tokenizer) > rows:
+        what = f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only {rows}"
+        raise UserError(f"{what}: they don't belong together; mend the folder")
+
+
+# ----------------------------------------------------------------------------------- models that are learned
+
+
+def build_sft(pipe: "Pipeline", folder: Path) -> str:
+    c, tokenizer = pipe.config, pipe.tokenizer()
+    if c.model.name == "tiny":
+        ids = tokenizer.eos_token_id, tokenizer.pad_token_id
+        shape = c.data.max_prompt_tokens + c.data.max_response_tokens, c.model.layers, c.model.width, c.model.heads
+        model = tiny_model(len(tokenizer), *ids, *shape, c.run.seed)
+    else:
+        model = load_model(c.model.name)
+    demonstrations, job = pipe.rows("data", "demonstrations"), pipe.job("sft", folder)
+    rows = train_sft(model.to(pipe.device), tokenizer, demonstrations, c.sft, job)
+    save(folder, model, tokenizer)
+    losses = f"loss {rows[0]['loss']:.2f} -> {rows[-1]['loss']:.2f}" if rows else "no training"
+    return f"{model.num_parameters():,} parameters, {losses}"
+
+
+def build_preferences(pipe: "Pipeline", folder: Path) -> str:
+    """The world's raters compare two responses of the SFT policy; a dataset brings its own preferences."""
+    wrong = ""
+    if pipe.world:
+        rows, held_out = labelled_pairs(pipe)
+        wrong = f", {sum(row['flipped'] for row in rows) / len(rows):.0%} of the labels wrong"
+    else:
+        rows, held_out = pipe.rows("data", "preferences"), pipe.rows("data", "eval_preferences")
+    write_jsonl(folder / "preferences.jsonl", rows)
+    write_jsonl(folder / "eval_preferences.jsonl", held_out)
+    return f"{len(rows)} pairs to train on, {len(held_out)} held out{wrong}"
+
+
+def labelled_pairs(pipe: "Pipeline") -> tuple[list[dict], list[dict]]:
+    """Two responses of the SFT policy to every prompt, compared by the raters: pairs to train on, and held out."""
+    world, seed = pipe.config.world, pipe.config.run.seed
+    prompts = reviews.make_prompts(
+        world.pairs + max(200, world.pairs // 5), f"{seed}-pairs", avoid=pipe.prompts("eval")
+    )
+    model, tokenizer, job = pipe.model("sft"), pipe.tokenizer(), pipe.job("preferences")
+    sides = []
+    for side in (0, 1):
+        sides.append([])
+        for first, batch_prompts in slices(prompts, job.sampling_batch_size, f"preferences, response {side + 1} of 2"):
+            generator = stream(seed, "pairs", side, first, device=pipe.device)
+            responses, *_ = generate(model, tokenizer, batch_prompts, job.max_response_tokens, generator=generator)
+            sides[side] += responses
+    labelled = reviews.make_preferences(prompts, *sides, seed, world.label_flips, world.flips, world.fooled)
+    training = set(prompts[: world.pairs])
+    rows = [row for row in labelled if row["prompt"] in training]
+    if not rows:
+        raise UserError("the raters could not tell any pair of responses apart: raise --pairs or --sft-epochs")
+    return rows, labelled[len(rows) :]
+
+
+def build_reward(pipe: "Pipeline", folder: Path) -> str:
+    c, tokenizer = pipe.config, pipe.tokenizer()
+    if c.reward.source != "train":
+        pipe.reward_callable(c.reward.source)(["a prompt"], ["a response"])  # fails here rather than mid-PPO
+        return f"rewards come from {c.reward.source}"
+    model = scalar_model(str(pipe.path("sft")), tokenizer.pad_token_id).to(pipe.device)
+    train_reward_model(model, tokenizer, pipe.rows("preferences", "preferences"), c.reward, pipe.job("reward", folder))
+    save(folder, model, tokenizer)
+    held_out = pipe.rows("preferences", "eval_preferences")
+    if not held_out:
+        return "trained; no held-out pairs to report on"
+    reward = ModelReward(model, tokenizer, c.data.max_response_tokens)
+    report = preference_accuracy(reward, held_out, reviews.difficulty_name if pipe.world else None)
+    write_json(folder / "accuracy.json", report)
+    shares = ", ".join(f"{value:.0%} ({name})" for name, value in report.items() if name != "pairs")
+    return f"orders held-out pairs right: {shares}"
+
+
+# ---------------------------------------------------------------------------------- contrastive rewards, PPO
+
+
+def build_baselines(pipe: "Pipeline", folder: Path) -> str:
+    c = pipe.config
+    started, prompts = time.monotonic(), pipe.prompts("train")
+    prompts = [prompts[i] for i in prompt_order(len(prompts), c.ppo, range(offline_iterations(c)), c.run.seed)]
+    policy, reward, job = pipe.model("sft"), pipe.noisy_reward(), pipe.job("baselines", folder)
+    rows = sample_baselines(policy, pipe.tokenizer(), reward, prompts, c.baselines, job)
+    write_jsonl(folder / "baselines.jsonl", rows)
+    (folder / "partial.jsonl").unlink()
+    rewards, has_ended = baseline_rewards(rows)
+    report = {"mean": rewards.mean().item(), "ended": has_ended.float().mean().item(), "k": c.baselines.k}
+    report["seconds"] = time.monotonic() - started
+    shares = ""
+    if c.baselines.k > 1:
+        between, within = variance_parts(rewards)
+        report |= {"between_prompt_variance": between, "within_prompt_variance": within}
+        shares = f", reward variance {between:.2f} between prompts, {within:.2f} within"
+    write_json(folder / "variance.json", report)
+    return f"{rewards.numel()} responses, mean reward {rewards.mean():.2f}{shares}"
+
+
+def offline_iterations(config: Config) -> int:
+    """How many iterations the offline baselines serve: all, or those before they are first refreshed."""
+    return min(config.contrastive.refresh or config.ppo.iterations, config.ppo.iterations)
+
+
+def build_ppo(pipe: "Pipeline", folder: Path, name: str) -> str:
+    """Plain PPO, or PPO with contrastive rewards, fixed or adaptive."""
+    c, policy, tokenizer = pipe.config, pipe.model("sft"), pipe.tokenizer()
+    ref_policy, critic = frozen_copy(policy), make_critic(pipe, c.ppo.critic, policy.config.hidden_size)
+    if c.ppo.recompute_activations:
+        recompute_activations(policy)
+        if critic is not None:
+            recompute_activations(critic)
+    models = Models(policy, ref_policy, critic, tokenizer)
+    contrastive = make_contrastive(pipe, METHODS[name].contrast) if METHODS[name].contrast else None
+    gold = reviews.gold_reward if pipe.world else None
+    job = pipe.job(name, folder)
+    metrics = train_ppo(models, pipe.noisy_reward(), pipe.prompts("train"), c.ppo, job, contrastive, gold)
+    save(folder, policy, tokenizer)
+    shown = "gold" if pipe.world else "reward"
+    first, last = (sum(row[shown] for row in rows) / len(rows) for rows in (metrics[:5], metrics[-5:]))
+    return f"{shown} {first:.2f} -> {last:.2f} at KL {metrics[-1]['kl']:.1f} nats"
+
+
+def make_critic(pipe: "Pipeline", kind: str, hidden_size: int) -> nn.Module | None:
+    """The critic's start: see PPOConfig.critic. It is the same choice for plain and contrastive rewards."""
+    if kind == "none":
+        return None
+    if kind == "shared":
+        head = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        return head.to(pipe.device)
+    stage, pad_id = "reward" if kind == "reward_model" else "sft", pipe.tokenizer().pad_token_id
+    return scalar_model(str(pipe.path(stage)), pad_id, zero_head=kind == "zero_head").to(pipe.device)
+
+
+def make_contrastive(pipe: "Pipeline", contrast: str) -> ContrastiveReward:
+    c, baselines = pipe.config, {}
+    if c.contrastive.source == "offline":
+        baselines = rewards_by_prompt(pipe.rows("baselines", "baselines"), c.ppo)
+    resample = resampler(pipe) if c.contrastive.refresh else None
+    return ContrastiveReward(baselines, c.contrastive, contrast == "adaptive", c.ppo.group_size, resample)
+
+
+def rewards_by_prompt(rows: list[dict], ppo: PPOConfig) -> dict[str, Tensor]:
+    """Rows of baselines -> dict prompt -> (k,) rewards, after the penalty that the policy's responses pay, too."""
+    rewards = missing_eos(*baseline_rewards(rows), ppo.missing_eos_penalty)
+    return {row["prompt"]: values for row, values in zip(rows, rewards)}
+
+
+def resampler(pipe: "Pipeline") -> Callable:
+    """(policy, iteration) -> baselines from this policy, for the prompts that come until the next refresh."""
+    c, tokenizer, reward, prompts = pipe.config, pipe.tokenizer(), pipe.noisy_reward(), pipe.prompts("train")
+
+    def resample(policy: nn.Module, iteration: int) -> dict[str, Tensor]:
+        coming = range(iteration, min(iteration + c.contrastive.refresh, c.ppo.iterations))
+        rows = prompt_order(len(prompts), c.ppo, coming, c.run.seed)
+        job = pipe.job("new baselines")
+        job.seed = f"{c.run.seed}/{iteration}"
+        new = sample_baselines(policy, tokenizer, reward, [prompts[row] for row in rows], c.baselines, job)
+        return rewards_by_prompt(new, c.ppo)
+
+    return resample
+
+
+# ------------------------------------------------------------------------------------ comparison, evaluation
+
+
+def build_dpo(pipe: "Pipeline", folder: Path) -> str:
+    policy, tokenizer, preferences = pipe.model("sft"), pipe.tokenizer(), pipe.rows("preferences", "preferences")
+    job = pipe.job("dpo", folder)
+    rows = train_dpo(policy, frozen_copy(policy), tokenizer, preferences, pipe.config.dpo, job)
+    save(folder, policy, tokenizer)
+    return f"loss {rows[0]['loss']:.2f} -> {rows[-1]['loss']:.2f}"
+
+
+def build_evaluation(pipe: "Pipeline", folder: Path) -> str:
+    """All methods on the same held-out prompts: rows per method, a summary, report.md and the figures."""
+    c, tokenizer = pipe.config, pipe.tokenizer()
+    ref_policy, prompts = pipe.model("sft"), pipe.prompts("eval")
+    judges = {"reward": pipe.reward_callable(c.reward.source)}
+    judge = ("gold" if pipe.world else "reward") if c.eval.judge == "auto" else c.eval.judge
+    if judge != "reward":
+        judges["gold" if judge == "gold" else "judge"] = pipe.reward_callable(judge)
+    results = {}
+    for method in ("sft", *c.method_list()):
+        policy, job = ref_policy if method == "sft" else pipe.model(method), pipe.job(f"evaluate {method}")
+        rows = evaluate_policy(policy, ref_policy, tokenizer, prompts, judges, job, c.ppo.temperature)
+        results[method] = rows
+        write_jsonl(folder / f"{method}.jsonl", rows)
+    summary = summarise(results, list(judges))
+    write_json(folder / "summary.json", summary)
+    metrics = {method: pipe.rows(method, "metrics") for method in c.method_list() if method != "dpo"}
+    write_report(pipe.folder, c.run.seed, summary, results, metrics)
+    return f"{len(results)} policies on {len(prompts)} held-out prompts"
