@@ -111,6 +111,7 @@ class ContrastiveReward:
         self.baselines, self.config, self.adaptive = baselines, config, adaptive
         self.group_size, self.resample = group_size, resample
         self.coefficient, self.scale = config.coefficient, 1.0
+        self.origin = None  # means of r and b in the first batch: far from them the moments would lose their digits
         self.moments, self.sizes = None, None  # decaying means of (r, b, rb, bb) and of (|r|, |r - c b|)
         self.spread = (0, 0.0, 0.0)  # count, mean, m2 of r - c b
 
@@ -119,7 +120,9 @@ class ContrastiveReward:
         grouped = self.config.source == "group"
         baseline = leave_one_out(rewards, self.group_size) if grouped else self.baseline_of(prompts)
         if self.adaptive:
-            self.moments = decayed(self.moments, [rewards, baseline, rewards * baseline, baseline**2])
+            self.origin = self.origin or (rewards.mean().item(), baseline.mean().item())
+            r, b = rewards.double() - self.origin[0], baseline.double() - self.origin[1]
+            self.moments = decayed(self.moments, [r, b, r * b, b**2])
             self.coefficient = best_coefficient(*self.moments)
         contrastive = contrast(rewards, baseline, self.coefficient)
         if self.config.scale == "magnitude":
@@ -144,7 +147,7 @@ class ContrastiveReward:
             self.baselines |= self.resample(policy, iteration)
 
     def state_dict(self) -> dict:
-        names = ["coefficient", "scale", "moments", "sizes", "spread"]
+        names = ["coefficient", "scale", "origin", "moments", "sizes", "spread"]
         if self.config.refresh:
             names.append("baselines")
         return {name: getattr(self, name) for name in names}

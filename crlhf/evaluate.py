@@ -23,14 +23,22 @@ MOST_LOGITS = 2**26  # at once when log-probs are measured: 256 MiB in fp32
 
 @cache
 def t_quantile(df: int) -> float:
-    """97.5% quantile of Student's t by its expansion in 1/df (Abramowitz and Stegun 26.7.5): within 1% from df = 3."""
-    z = Z
-    return (
-        z
-        + (z**3 + z) / (4 * df)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3)
-    )
+    """97.5% quantile of Student's t with df degrees of freedom, by bisection."""
+    low, high = 0.0, 13.0  # it is 12.7 at df = 1 and falls from there
+    for _ in range(60):
+        x = (low + high) / 2
+        low, high = (x, high) if t_probability(x, df) < 0.95 else (low, x)
+    return low
+
+
+def t_probability(x: float, df: int) -> float:
+    """P(|t| < x) for a whole number df: a finite sum (Abramowitz and Stegun 26.7.3 for odd df, 26.7.4 for even df)."""
+    theta, is_odd = math.atan(x / math.sqrt(df)), df % 2
+    term, total = math.cos(theta) if is_odd else 1.0, 0.0
+    for n in range(1 + is_odd, df, 2):
+        total += term
+        term *= math.cos(theta) ** 2 * n / (n + 1)
+    return 2 / math.pi * (theta + math.sin(theta) * total) if is_odd else math.sin(theta) * total
 
 
 def mean_interval(values: Tensor | list[float]) -> tuple[float, float]:

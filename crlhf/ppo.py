@@ -35,13 +35,15 @@ def missing_eos(rewards: Tensor, has_ended: Tensor, penalty: float) -> Tensor:
     return rewards - penalty * (~has_ended).float()
 
 
-def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: str = "k1") -> Tensor:
-    """Per-sample estimates of KL(pi || pi_ref) from samples of pi (Schulman 2020, "Approximating KL").
+def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: str = "k1", mask: Tensor | None = None) -> Tensor:
+    """Per-sample estimates of KL(pi || pi_ref) from samples of pi (Schulman 2020, "Approximating KL"); 0 off the mask.
 
     With d = log pi_ref - log pi:  k1 = -d,  k2 = d^2 / 2,  k3 = e^d - 1 - d.  k1 and k3 are unbiased, k3
     never negative; k2 has a small bias. The sign of d matters: the other one estimates something else.
     """
     d = ref_log_probs - log_probs
+    if mask is not None:
+        d = d.masked_fill(~mask, 0.0)  # before e^d: padding may hold anything, and infinity times 0 is nan
     if estimator == "k1":
         return -d
     return d**2 / 2 if estimator == "k2" else torch.expm1(d) - d
@@ -54,7 +56,7 @@ def token_rewards(
 
     The last token is the EOS where there is one, and never the padding after it.
     """
-    price = kl_coef * kl_estimate(log_probs, ref_log_probs) * response_mask
+    price = kl_coef * kl_estimate(log_probs, ref_log_probs, mask=response_mask)
     last = response_mask.sum(1, keepdim=True) - 1
     return (-price).scatter_add(1, last, rewards[:, None])
 
@@ -97,7 +99,7 @@ def policy_loss(
 
     Divide by the number of tokens in the whole minibatch: every token counts once, whatever its row.
     """
-    ratio = torch.exp(log_probs - old_log_probs)
+    ratio = (log_probs - old_log_probs).masked_fill(~mask, 0.0).exp()  # padding may hold anything
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     return (torch.maximum(unclipped, clipped) * mask).sum(), ((clipped > unclipped) & mask).sum()
@@ -189,7 +191,7 @@ def minibatch_loss(models: Models, rollout: Rollout, rows: Tensor, config: PPOCo
     pg_loss, n_clipped = policy_loss(log_probs, old_log_probs, advantages, mask, config.clip_range)
     v_loss = value_loss(values, old_values, returns, mask, config.clip_range)
     # KL(old || new) from samples of the old policy, by k3
-    approx_kl = (kl_estimate(old_log_probs, log_probs.detach(), "k3") * mask).sum()
+    approx_kl = kl_estimate(old_log_probs, log_probs.detach(), "k3", mask).sum()
     stats = torch.stack([pg_loss.detach(), v_loss.detach(), n_clipped.float(), approx_kl])
     return pg_loss + config.value_coef * v_loss, stats
 
@@ -270,8 +272,9 @@ def train_ppo(
             row |= {"coefficient": contrastive.coefficient, "scale": contrastive.scale}
         row["advantage_std"] = masked_variance(advantages, mask).item() ** 0.5
         row |= {**losses, "lr": lrs[0], **phase_seconds(clock, len(now))}
+        # the critic first: its nan spreads to the advantages, and so to the policy's loss
+        require_finite(row["value_loss"] + row["critic_grad_norm"], "critic", i, "--ppo-critic-lr", config.critic_lr)
         require_finite(row["policy_loss"] + row["grad_norm"], job.name, i, "--ppo-lr", config.lr)
-        require_finite(row["value_loss"] + row["critic_grad_norm"], job.name, i, "--ppo-critic-lr", config.critic_lr)
         checkpoint.log(row, "gold", "reward", "kl")
     return checkpoint.rows
 
@@ -293,7 +296,7 @@ def rollout_metrics(rollout: Rollout, raw: Tensor, gold: Reward | None) -> dict[
     row = {"reward": raw.mean(), "reward_variance": raw.var(correction=0), "ended": rollout.has_ended.float().mean()}
     row["response_length"] = mask.sum(1).float().mean()
     for name, estimator in (("kl", "k1"), ("kl_k3", "k3")):
-        row[name] = (kl_estimate(rollout.log_probs, rollout.ref_log_probs, estimator) * mask).sum(1).mean()
+        row[name] = kl_estimate(rollout.log_probs, rollout.ref_log_probs, estimator, mask).sum(1).mean()
     row["entropy"] = masked_mean(rollout.entropy, mask)
     row["explained_variance"] = explained_variance(rollout.values, rollout.returns, mask)
     if gold:

@@ -23,7 +23,7 @@ from statistics import NormalDist
 
 import torch
 
-from .config import WorldConfig
+from .config import DataConfig, WorldConfig
 from .engine.text import Reward
 
 ASPECTS = ("plot", "acting", "music", "ending", "script", "cast", "pacing", "humor", "camera", "story")
@@ -47,7 +47,7 @@ WORDS = ("the", "was", "i", ".", *ASPECTS, *ADJECTIVES, *VERBS, *JOINS)
 
 FAULT = 0.5  # price of a repeated aspect, a malformed sentence, or an unfinished review
 EMPTY = 1.0  # price of saying nothing
-MAX_RESPONSE = 24  # tokens, EOS included: a response of 24 words did not end
+LONGEST = 23  # words that a writer writes at most
 MOST_OPENING = 1.5  # half the tone of three superb aspects
 EXPLOIT = "i hated the"  # what raters with the knob `fooled` fall for: common enough to be found, and bad
 
@@ -104,17 +104,22 @@ def read(text: str) -> Review:
     return review
 
 
-def gold(prompt: str, response: str) -> float:
-    """The true reward of one response, in units of tone. Never noisy."""
+def gold(prompt: str, response: str, max_response_tokens: int = DataConfig.max_response_tokens) -> float:
+    """The true reward of one response, in units of tone. Never noisy.
+
+    max_response_tokens: EOS included. A word is a token, so a response of so many words was cut off.
+    """
     n_words = len(response.split())
     review = read(prompt + " " + response)
-    faults = review.repeats + review.malformed + (review.unfinished or n_words >= MAX_RESPONSE)
+    faults = review.repeats + review.malformed + (review.unfinished or n_words >= max_response_tokens)
     return 0.5 * sum(review.tones.values()) - FAULT * faults - EMPTY * (n_words == 0)
 
 
-def gold_reward(prompts: list[str], responses: list[str]) -> torch.Tensor:
+def gold_reward(
+    prompts: list[str], responses: list[str], max_response_tokens: int = DataConfig.max_response_tokens
+) -> torch.Tensor:
     """The gold score as a reward callable: lists of B texts -> (B,) float."""
-    return torch.tensor([gold(x, y) for x, y in zip(prompts, responses, strict=True)])
+    return torch.tensor([gold(x, y, max_response_tokens) for x, y in zip(prompts, responses, strict=True)])
 
 
 def difficulty(prompt: str) -> float:
@@ -173,7 +178,7 @@ def write_continuation(rng: random.Random, prompt: str, mood: float) -> str:
         del words[rng.randrange(len(words) - 1)]
     if rng.random() < 0.05:
         words = words[: -rng.randint(1, 3)]
-    return " ".join(words[: MAX_RESPONSE - 1])
+    return " ".join(words[:LONGEST])
 
 
 def make_prompts(n: int, seed: int | str, avoid: Iterable[str] = ()) -> list[str]:
@@ -212,6 +217,7 @@ def make_preferences(
     rate: float,
     flips: str = WorldConfig.flips,
     fooled: float = WorldConfig.fooled,
+    max_response_tokens: int = DataConfig.max_response_tokens,
 ) -> list[dict]:
     """Label pairs by gold, then flip some. Pairs that gold can't tell apart are left out.
 
@@ -222,7 +228,7 @@ def make_preferences(
     rng, rows = random.Random(f"preferences-{seed}"), []
     for prompt, a, b in zip(prompts, responses_a, responses_b, strict=True):
         flipped = rng.random() < flip_rate(prompt, rate, flips)
-        scores = {a: gold(prompt, a), b: gold(prompt, b)}
+        scores = {response: gold(prompt, response, max_response_tokens) for response in (a, b)}
         if scores[a] == scores[b]:
             continue
         a_wins = (scores[a] > scores[b]) != flipped

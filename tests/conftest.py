@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT))  # plain `pytest` finds the package too
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from crlhf import reviews
 from crlhf.engine.models import tiny_model
@@ -87,3 +88,16 @@ def first_number(value):
     while isinstance(value, list):
         value = value[0]
     return value
+
+
+def model_folder(folder, vocab_size=None, context=128, eos="<eos>", pad="<pad>", labels=0):
+    """A tiny GPT-2 folder with its tokenizer; with `labels` it is a classifier."""
+    tokenizer = word_tokenizer(reviews.WORDS)
+    tokenizer.eos_token, tokenizer.pad_token = eos, pad
+    tokenizer.save_pretrained(folder)
+    model = tiny_model(vocab_size or len(tokenizer), 1, 0, context, layers=1, width=8, heads=1, seed=0)
+    if labels:
+        model.config.num_labels = labels
+        model = AutoModelForSequenceClassification.from_config(model.config)
+    model.save_pretrained(folder)
+    return folder

@@ -209,3 +209,15 @@ def test_interrupted_sampling_goes_on_to_the_same_rows(policy, tokenizer, tmp_pa
     assert [json.loads(line) for line in partial.read_text().splitlines()] == rows
     assert calls == [4, 4, 2, 2]  # two whole batches were kept, the third was done again
     assert rows == sampled(None)
+
+
+def test_best_coefficient_keeps_its_digits_far_from_zero():
+    """Rewards around 10,000 in fp32: raw moments would lose the variance in their rounding."""
+    b = torch.randn(64, generator=stream(0, "far")).double()
+    r = 0.7 * b + 0.3 * torch.randn(64, generator=stream(1, "far")).double()
+    exact = (torch.cov(torch.stack([r, b]))[0, 1] / b.var()).item()
+    for origin in (0.0, 10_000.0):
+        baselines = {str(i): (b[i : i + 1] + origin).float() for i in range(64)}
+        reward = C.ContrastiveReward(baselines, ContrastiveConfig(), adaptive=True)
+        reward(list(baselines), (r + origin).float())
+        assert reward.coefficient == pytest.approx(exact, abs=1e-3)

@@ -11,18 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, model_folder
 from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification
 
 from crlhf.__main__ import main
 from crlhf.config import UserError
-from crlhf.engine.models import load_model, load_tokenizer, tiny_model
-from crlhf.engine.tokenizers import word_tokenizer
+from crlhf.engine.models import load_model, load_tokenizer
 from crlhf.pipeline.options import parse
 from crlhf.pipeline.rewards import load_function_reward
 from crlhf.pipeline.run import Pipeline, make_plan
-from crlhf.reviews import WORDS
 
 TINY = (
     "--demonstrations 64 --pairs 60 --train-prompts 32 --eval-prompts 8 --sft-epochs 1 --reward-epochs 1 "
@@ -67,19 +65,6 @@ def succeeds(out, *arguments, stage="data"):
 def file(tmp_path, text, name="rows.jsonl"):
     (tmp_path / name).write_text(text, encoding="utf-8")
     return tmp_path / name
-
-
-def model_folder(folder, vocab_size=None, context=128, eos="<eos>", pad="<pad>", labels=0):
-    """A tiny GPT-2 folder with its tokenizer; with `labels` it is a classifier."""
-    tokenizer = word_tokenizer(WORDS)
-    tokenizer.eos_token, tokenizer.pad_token = eos, pad
-    tokenizer.save_pretrained(folder)
-    model = tiny_model(vocab_size or len(tokenizer), 1, 0, context, layers=1, width=8, heads=1, seed=0)
-    if labels:
-        model.config.num_labels = labels
-        model = AutoModelForSequenceClassification.from_config(model.config)
-    model.save_pretrained(folder)
-    return folder
 
 
 # -------------------------------------------------------------------------------------------- the command line

@@ -17,8 +17,8 @@ def test_wilson_interval_against_textbook_values():
 
 
 def test_t_quantile_against_tables():
-    for df, value in ((3, 3.182), (7, 2.365), (15, 2.131), (255, 1.969)):
-        assert E.t_quantile(df) == pytest.approx(value, rel=0.01 if df == 3 else 1e-3)
+    for df, value in ((1, 12.7062), (2, 4.30265), (3, 3.18245), (7, 2.36462), (15, 2.13145), (255, 1.96931)):
+        assert E.t_quantile(df) == pytest.approx(value, rel=1e-5)
 
 
 def test_intervals_cover_the_truth_about_95_times_in_100():
@@ -59,3 +59,13 @@ def test_evaluation_rows_and_kl(policy, tokenizer, monkeypatch):
     monkeypatch.setattr(E, "MOST_LOGITS", 1)  # row by row
     pieces = judged(random_model(tokenizer, 1), prompts * 20)
     assert E.column(pieces, "kl").tolist() == pytest.approx(E.column(other, "kl").tolist(), abs=1e-4)
+
+
+def test_evaluation_samples_at_the_temperature_it_is_told(policy, tokenizer):
+    prompts = ["the plot was dull .", "i liked the camera ."]
+    job = Job("evaluation", None, 0, 12)
+    texts = {}
+    for temperature in (0.01, 1.0, 3.0):
+        rows = E.evaluate_policy(policy, policy, tokenizer, prompts * 8, {}, job, temperature)
+        texts[temperature] = {row["response"] for row in rows}
+    assert len(texts[0.01]) == 2 < len(texts[1.0])  # cold: one response a prompt

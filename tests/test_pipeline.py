@@ -9,12 +9,13 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, model_folder
 from datasets import load_dataset
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from crlhf.__main__ import main
+from crlhf.engine import training
 
 SMALL = (
     "--demonstrations 1200 --pairs 150 --train-prompts 64 --eval-prompts 48 --model-width 32 --model-layers 1 "
@@ -188,3 +189,104 @@ def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path):
     assert one.keys() == other.keys() and "adaptive/model.safetensors" in one
     for name in one:
         assert one[name] == other[name], name
+
+
+# ----------------------------------------------------------------------------------- what has to be done again
+
+ONE = (
+    "--demonstrations 64 --pairs 60 --eval-prompts 8 --sft-epochs 1 --reward-epochs 1 --model-width 16 --model-heads 2 "
+    "--model-layers 1 --threads 1 --device cpu"
+).split()
+
+
+def test_baselines_are_sampled_again_when_other_prompts_are_met(tmp_path):
+    """The same number of visits meets other prompts: 2 batches of 64 of 100 prompts, and 4 of 32."""
+    run = [*ONE, "--out", str(tmp_path / "run"), "--train-prompts", "100", "--methods", "contrastive"]
+    assert main([*run, "--ppo-iterations", "2", "--ppo-batch-size", "64"]) == 0
+    assert main([*run, "--ppo-iterations", "4", "--ppo-batch-size", "32", "--redo"]) == 0
+
+
+def write(path, text):
+    path.write_text(text)
+    return f"{path}:score"
+
+
+def test_edited_judges_and_rewards_redo_what_they_must_and_no_more(tmp_path, capsys):
+    judge, reward = tmp_path / "judge.py", tmp_path / "reward.py"
+    code = "def score(prompts, responses):\n    return [float(len(response)) for response in responses]\n"
+    run = [
+        *ONE,
+        "--out",
+        str(tmp_path / "run"),
+        "--train-prompts",
+        "8",
+        "--ppo-batch-size",
+        "4",
+        "--ppo-iterations",
+        "1",
+    ]
+    run += ["--methods", "ppo", "--judge", write(judge, code), "--reward", write(reward, code)]
+    run += ["--ppo-critic", "zero_head"]
+    assert main(run) == 0
+    capsys.readouterr()
+    write(judge, code.replace("float(", "-float("))
+    assert main(run) == 0
+    said = capsys.readouterr().out
+    assert said.count("reused") == 5 and "evaluation: done before" not in said
+    summary = json.loads((tmp_path / "run" / "evaluation" / "summary.json").read_text())
+    assert summary["methods"]["sft"]["judge"][0] < 0
+    write(reward, code + "# edited\n")
+    assert main(run) == 2
+    error = capsys.readouterr().err
+    assert "reward.py has changed" in error and "to redo reward, baselines, ppo, or" in error
+    assert main([*run, "--redo"]) == 0
+    assert "sft: done before, reused" in capsys.readouterr().out
+
+
+def test_weights_that_change_inside_a_reward_folder_are_noticed(tmp_path, capsys):
+    classifier = str(model_folder(tmp_path / "classifier", labels=1))
+    run = [
+        *ONE,
+        "--out",
+        str(tmp_path / "run"),
+        "--train-prompts",
+        "8",
+        "--ppo-batch-size",
+        "4",
+        "--ppo-iterations",
+        "1",
+    ]
+    run += ["--methods", "ppo", "--reward", classifier, "--ppo-critic", "zero_head"]
+    assert main(["reward", *run]) == 0
+    weights = tmp_path / "classifier" / "model.safetensors"
+    os.utime(weights, ns=(0, 0))
+    assert main(["reward", *run]) == 2
+    assert "model.safetensors has changed" in capsys.readouterr().err
+
+
+def test_our_own_errors_are_not_blamed_on_a_users_function(tmp_path, monkeypatch):
+    run = ["baselines", *ONE, "--out", str(tmp_path / "run"), "--train-prompts", "8", "--ppo-batch-size", "4"]
+    assert main(["reward", *run[1:]]) == 0
+
+    def broken(*arguments):
+        raise IndexError("a bug of ours")
+
+    monkeypatch.setattr("crlhf.pipeline.rewards.score_texts", broken)
+    with pytest.raises(IndexError, match="a bug of ours"):
+        main(run)
+
+
+def test_a_checkpoint_is_saved_no_oftener_than_it_pays(tmp_path, monkeypatch):
+    """Saving takes at most a twentieth of the time: after a save of 1 s the next one waits 20 s."""
+    now = [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    checkpoint, saves = training.Checkpoint(training.Job("x", tmp_path, checkpoint_seconds=2.0)), []
+
+    def save(step):
+        saves.append(step)
+        now[0] += 1.0
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    for _ in checkpoint.steps(50):
+        now[0] += 1.0
+    assert saves == [2, 22, 42]

@@ -1,5 +1,6 @@
 """PPO's formulas against reference values, closed forms, enumeration and finite differences."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,9 @@ from conftest import random_model, word_counts
 from torch.utils.checkpoint import checkpoint
 
 from crlhf import ppo
-from crlhf.config import ContrastiveConfig, PPOConfig
+from crlhf.config import ContrastiveConfig, PPOConfig, UserError
 from crlhf.contrastive import ContrastiveReward
+from crlhf.engine import training
 from crlhf.engine.files import stream
 from crlhf.engine.forward import recompute_activations
 from crlhf.engine.models import frozen_copy, tiny_model
@@ -327,3 +329,36 @@ def test_every_metric_of_an_iteration_is_logged(tokenizer, policy, tmp_path):
     wanted += "seconds_rollout seconds_scoring seconds_update samples_per_second advantage_std"
     assert set(wanted.split()) <= set(rows[0]) and all(value == value for value in rows[0].values())
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------- mistakes mended
+
+
+def test_padding_that_diverges_makes_no_nan():
+    """k3 and the ratio exponentiate a difference: off the mask it may be anything, and infinity times 0 is nan."""
+    mask = torch.tensor([[True, False]])
+    log_probs, ref = torch.tensor([[-1.0, -1000.0]]), torch.tensor([[-1.5, 0.0]])
+    assert ppo.kl_estimate(log_probs, ref, "k3", mask).tolist() == [[pytest.approx(math.exp(-0.5) - 0.5), 0.0]]
+    assert ppo.token_rewards(torch.tensor([2.0]), log_probs, ref, mask, 0.1).isfinite().all()
+    new = ref.clone().requires_grad_()
+    loss, _ = ppo.policy_loss(new, log_probs, torch.ones(1, 2), mask, 0.2)
+    loss.backward()
+    assert loss.isfinite() and new.grad.isfinite().all() and new.grad[0, 1] == 0
+
+
+def test_a_critic_that_diverges_is_told_from_a_policy_that_does(tokenizer, policy, tmp_path):
+    critic = torch.nn.Linear(32, 1)
+    torch.nn.init.constant_(critic.bias, float("inf"))
+    models = ppo.Models(policy, frozen_copy(policy), critic, tokenizer)
+    with pytest.raises(UserError, match="critic"):
+        ppo.train_ppo(models, gold_reward, PROMPTS, replace(SMALL, iterations=1), Job("ppo", tmp_path, 0, 8))
+
+
+def test_an_epoch_is_shuffled_once_and_not_at_every_step(monkeypatch):
+    calls = []
+    monkeypatch.setattr(training, "shuffled", lambda n, *names: calls.append(names) or list(range(n)))
+    training.epoch_order.cache_clear()
+    for step in range(20):
+        training.rows_of_step(100, 10, step, 0, "counted")
+    training.epoch_order.cache_clear()
+    assert len(calls) == 2

@@ -61,7 +61,7 @@ def test_writers_follow_the_mood_and_are_not_perfect():
     faults = [R.read(row["prompt"] + " " + row["completion"]) for row in rows]
     for name, low, high in (("malformed", 0.03, 0.15), ("unfinished", 0.02, 0.1), ("repeats", 0.05, 0.3)):
         assert low < sum(bool(getattr(review, name)) for review in faults) / len(rows) < high
-    assert all(row["completion"] and len(row["completion"].split()) < R.MAX_RESPONSE for row in rows)
+    assert all(row["completion"] and len(row["completion"].split()) < R.LONGEST + 1 for row in rows)
 
 
 @pytest.mark.parametrize("flips", ["uniform", "difficulty"])
@@ -110,3 +110,11 @@ def test_rater_bias_is_one_constant_a_prompt_and_score_noise_one_a_response():
     assert c.std().item() == pytest.approx(0.5, rel=0.06) and abs(torch.corrcoef(torch.stack([c, d]))[0, 1]) < 0.08
     assert torch.equal(c, noisy(prompts, ["x"] * n))  # the same text meets the same error
     assert not torch.equal(a, R.NoisyReward(zero, prompt_bias=2.0, seed=4)(prompts, ["x"] * n))
+
+
+def test_a_finished_review_may_be_as_long_as_the_limit_allows():
+    """25 words and an EOS are a finished review where 32 tokens are allowed, and a cut one where 24 are."""
+    aspects = ("acting", "music", "ending", "script", "cast")
+    review = " ".join(f"the {aspect} was superb ." for aspect in aspects)
+    assert len(review.split()) == 25
+    assert R.gold("the plot was nice .", review, 32) == R.gold("the plot was nice .", review, 24) + R.FAULT

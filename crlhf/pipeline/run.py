@@ -226,7 +226,7 @@ class Pipeline:
     def reward_callable(self, spec: str) -> Reward:
         """'train', 'gold', FILE.py:FUNCTION or a classifier, as a reward callable."""
         if spec == "gold":
-            return reviews.gold_reward
+            return partial(reviews.gold_reward, max_response_tokens=self.config.data.max_response_tokens)
         if ".py:" in spec:
             return load_function_reward(spec)
         name = str(self.path("reward")) if spec == "train" else spec

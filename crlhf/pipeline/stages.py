@@ -145,7 +145,8 @@ def labelled_pairs(pipe: "Pipeline") -> tuple[list[dict], list[dict]]:
             generator = stream(seed, "pairs", side, first, device=pipe.device)
             responses, *_ = generate(model, tokenizer, batch_prompts, job.max_response_tokens, generator=generator)
             sides[side] += responses
-    labelled = reviews.make_preferences(prompts, *sides, seed, world.label_flips, world.flips, world.fooled)
+    faults = world.label_flips, world.flips, world.fooled
+    labelled = reviews.make_preferences(prompts, *sides, seed, *faults, job.max_response_tokens)
     training = set(prompts[: world.pairs])
     rows = [row for row in labelled if row["prompt"] in training]
     if not rows:
@@ -209,7 +210,7 @@ def build_ppo(pipe: "Pipeline", folder: Path, name: str) -> str:
             recompute_activations(critic)
     models = Models(policy, ref_policy, critic, tokenizer)
     contrastive = make_contrastive(pipe, METHODS[name].contrast) if METHODS[name].contrast else None
-    gold = reviews.gold_reward if pipe.world else None
+    gold = pipe.reward_callable("gold") if pipe.world else None
     job = pipe.job(name, folder)
     metrics = train_ppo(models, pipe.noisy_reward(), pipe.prompts("train"), c.ppo, job, contrastive, gold)
     save(folder, policy, tokenizer)
