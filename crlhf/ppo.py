@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from .config import PPOConfig
 from .contrastive import ContrastiveReward
+from .engine import training
 from .engine.files import stream
 from .engine.forward import Model
 from .engine.text import Batch, Reward, Tokenizer
-from .engine.training import Checkpoint, Job, adamw, gradient_step, learning_rate, require_finite, rows_of_step
+from .engine.training import Checkpoint, Job
 from .policy import entropy_of, generate, log_probs_of, response_log_probs, response_logits, response_values
 
 # ------------------------------------------------------------------------------------------- pure functions
@@ -201,7 +202,7 @@ def update(
 ) -> dict[str, float]:
     """A few passes over the rollout in random minibatches. Returns the mean of each loss and statistic.
 
-    optimizers, lrs: of the policy, and of the critic if there is one. A minibatch may be worked off in pieces of
+    optimizers, lrs: of the policy, then of the critic, if there is one. A minibatch may be worked off in pieces of
     micro_batch_size rows: the gradients add up to the same sum.
     """
     mask, B, history = rollout.batch.response_mask, len(rollout.batch), []
@@ -213,7 +214,7 @@ def update(
                 loss, piece_stats = minibatch_loss(models, rollout, piece, config)
                 (loss / n_tokens).backward()
                 stats = stats + piece_stats / n_tokens
-            norms = [gradient_step(optimizer, lr) for optimizer, lr in zip(optimizers, lrs)]
+            norms = [training.gradient_step(optimizer, lr) for optimizer, lr in zip(optimizers, lrs)]
             history.append([*stats.tolist(), norms[0], norms[-1]])
         if config.target_kl and history[-1][3] > config.target_kl:
             break
@@ -241,7 +242,7 @@ def train_ppo(
     """
     device = models.policy.device
     networks = {"policy": models.policy} | ({} if models.critic is None else {"critic": models.critic})
-    optimizers = [adamw(network) for network in networks.values()]
+    optimizers = [training.adamw(network) for network in networks.values()]
     parts = networks | {f"{name}_optimizer": optimizer for name, optimizer in zip(networks, optimizers)}
     checkpoint = Checkpoint(job, **parts, **({"contrastive": contrastive} if contrastive else {}))
     lam = 1.0 if models.critic is None else config.lam  # without a critic: plain returns (REINFORCE)
@@ -249,20 +250,20 @@ def train_ppo(
         clock = [time.perf_counter()]
         if contrastive:
             contrastive.refresh(models.policy, i)
-        now = [prompts[row] for row in prompts_of_iteration(len(prompts), config, i, job.seed)]
+        batch = [prompts[row] for row in training.prompts_of_iteration(len(prompts), config, i, job.seed)]
         generator = stream(job.seed, "ppo rollout", i, device=device)
-        rollout = collect_rollout(models, now, config, job.max_response_tokens, generator)
+        rollout = collect_rollout(models, batch, config, job.max_response_tokens, generator)
         clock.append(time.perf_counter())
 
-        raw = missing_eos(reward(now, rollout.responses), rollout.has_ended, config.missing_eos_penalty)
-        rewards = contrastive(now, raw) if contrastive else raw
+        raw = missing_eos(reward(batch, rollout.responses), rollout.has_ended, config.missing_eos_penalty)
+        rewards = contrastive(batch, raw) if contrastive else raw
         clock.append(time.perf_counter())
 
         mask = rollout.batch.response_mask
         R = token_rewards(rewards.to(device), rollout.log_probs, rollout.ref_log_probs, mask, config.kl_coef)
         advantages, rollout.returns = gae(R, rollout.values, mask, 1.0, lam)
         rollout.advantages = whiten(advantages, mask)
-        lrs = [learning_rate(i, config.iterations, peak) for peak in (config.lr, config.critic_lr)][: len(optimizers)]
+        lrs = [training.learning_rate(i, config.iterations, peak) for peak in (config.lr, config.critic_lr)]
         losses = update(models, optimizers, lrs, rollout, config, stream(job.seed, "ppo minibatches", i))
         clock.append(time.perf_counter())
 
@@ -271,23 +272,12 @@ def train_ppo(
             row |= {"contrastive_reward": rewards.mean(), "contrastive_variance": rewards.var(correction=0)}
             row |= {"coefficient": contrastive.coefficient, "scale": contrastive.scale}
         row["advantage_std"] = masked_variance(advantages, mask).item() ** 0.5
-        row |= {**losses, "lr": lrs[0], **phase_seconds(clock, len(now))}
-        # the critic first: its nan spreads to the advantages, and so to the policy's loss
-        require_finite(row["value_loss"] + row["critic_grad_norm"], "critic", i, "--ppo-critic-lr", config.critic_lr)
-        require_finite(row["policy_loss"] + row["grad_norm"], job.name, i, "--ppo-lr", config.lr)
+        row |= {**losses, "lr": lrs[0], **training.phase_seconds(clock, len(batch))}
+        critic, actor = row["value_loss"] + row["critic_grad_norm"], row["policy_loss"] + row["grad_norm"]
+        training.require_finite(critic, "critic", i, "--ppo-critic-lr", config.critic_lr)  # first: its nan spreads
+        training.require_finite(actor, job.name, i, "--ppo-lr", config.lr)
         checkpoint.log(row, "gold", "reward", "kl")
     return checkpoint.rows
-
-
-def prompts_of_iteration(n_prompts: int, config: PPOConfig, iteration: int, seed: int) -> list[int]:
-    """Numbers of one iteration's prompts, group_size times each: every prompt's turn comes before any comes again."""
-    rows = rows_of_step(n_prompts, config.batch_size // config.group_size, iteration, seed, "ppo prompts")
-    return [row for row in rows for _ in range(config.group_size)]
-
-
-def prompt_order(n_prompts: int, config: PPOConfig, iterations: range, seed: int) -> list[int]:
-    """All prompts that some iterations meet, each once, in order of first meeting."""
-    return list(dict.fromkeys(row for i in iterations for row in prompts_of_iteration(n_prompts, config, i, seed)))
 
 
 def rollout_metrics(rollout: Rollout, raw: Tensor, gold: Reward | None) -> dict[str, Tensor]:
@@ -302,10 +292,3 @@ def rollout_metrics(rollout: Rollout, raw: Tensor, gold: Reward | None) -> dict[
     if gold:
         row["gold"] = gold(rollout.prompts, rollout.responses).mean()
     return row
-
-
-def phase_seconds(clock: list[float], n_samples: int) -> dict[str, float]:
-    """Seconds of each phase, and samples a second, from four readings of the clock."""
-    names = ("seconds_rollout", "seconds_scoring", "seconds_update")
-    seconds = {name: end - start for name, start, end in zip(names, clock, clock[1:])}
-    return {**seconds, "samples_per_second": n_samples / (clock[-1] - clock[0])}

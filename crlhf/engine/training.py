@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import DataConfig, RunConfig, UserError
+from ..config import DataConfig, PPOConfig, RunConfig, UserError
 from .files import Progress, shuffled, write_jsonl
 
 MAX_GRAD_NORM = 1.0  # gradients longer than this are shortened to it
@@ -73,6 +73,17 @@ def rows_of_step(n: int, batch_size: int, step: int, seed: int, name: str) -> li
     return epoch_order(n, seed, name, epoch)[place * batch_size : (place + 1) * batch_size]
 
 
+def prompts_of_iteration(n_prompts: int, config: PPOConfig, iteration: int, seed: int) -> list[int]:
+    """Numbers of one iteration's prompts, group_size times each: every prompt's turn comes before any comes again."""
+    rows = rows_of_step(n_prompts, config.batch_size // config.group_size, iteration, seed, "ppo prompts")
+    return [row for row in rows for _ in range(config.group_size)]
+
+
+def prompt_order(n_prompts: int, config: PPOConfig, iterations: range, seed: int) -> list[int]:
+    """All prompts that some iterations meet, each once, in order of first meeting."""
+    return list(dict.fromkeys(row for i in iterations for row in prompts_of_iteration(n_prompts, config, i, seed)))
+
+
 def steps_in(n: int, batch_size: int, epochs: float) -> int:
     """Number of gradient steps in `epochs` passes over n rows."""
     return round(epochs * (n // min(batch_size, n)))
@@ -109,6 +120,13 @@ def require_finite(value: float, stage: str, step: int, option: str, setting: fl
     if not math.isfinite(value):
         mend = f"lower {option} (now {setting:g}) and run again"
         raise UserError(f"{stage}: the loss or its gradient is {value} at step {step}: {mend}")
+
+
+def phase_seconds(clock: list[float], n_samples: int) -> dict[str, float]:
+    """Seconds of each phase, and samples a second, from four readings of the clock."""
+    names = ("seconds_rollout", "seconds_scoring", "seconds_update")
+    seconds = {name: end - start for name, start, end in zip(names, clock, clock[1:])}
+    return {**seconds, "samples_per_second": n_samples / (clock[-1] - clock[0])}
 
 
 # --------------------------------------------------------------------------------------------- checkpoints

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..engine.files import read_json, read_jsonl
+from ..engine.training import prompt_order
 from ..evaluate import mean_interval
-from ..ppo import prompt_order
 from .harness import SEEDS, Variant, configured, curves, default, results, run_variants
 from .plotting import plot_critic, plot_online
 from .tables import distinct, interval, markdown, plus_minus, select, table, write_csv

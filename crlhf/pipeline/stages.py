@@ -20,9 +20,10 @@ from ..engine.forward import context_length, recompute_activations
 from ..engine.models import frozen_copy, load_model, load_tokenizer, read_model_config, save, scalar_model, tiny_model
 from ..engine.text import Tokenizer, encode_prompt
 from ..engine.tokenizers import bpe_tokenizer, training_texts, word_tokenizer
+from ..engine.training import prompt_order
 from ..evaluate import evaluate_policy
 from ..policy import generate
-from ..ppo import Models, missing_eos, prompt_order, train_ppo
+from ..ppo import Models, missing_eos, train_ppo
 from ..reward import preference_accuracy, train_reward_model, variance_parts
 from ..sft import train_sft
 from .data import Corpus, build_corpus, read_rows
