@@ -7,10 +7,15 @@ import sys
 
 from .config import UserError
 from .pipeline.options import parse
+from .pipeline.output import prepare_outputs, printable
 
 
 def run(arguments: list[str]) -> None:
     """Do what the command line asks for. Torch takes seconds to import, so that comes after parsing."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the folder that you are in was deleted: change into another one") from None
     command, others = (arguments or ["all"])[0], arguments[1:]
     if command == "experiment":
         if len(others) != 1:
@@ -40,7 +45,8 @@ def disk_trouble(error: Exception) -> str | None:
     """
     quoted = re.search(r"\(os error (\d+)\)", str(error))
     number = int(quoted[1]) if quoted else getattr(error, "errno", None)
-    names = ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "ENOTDIR", "ENAMETOOLONG")
+    names = ["ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST", "ELOOP", "ENOENT", "EIO"]
+    names += ["ENAMETOOLONG"]
     if number not in [getattr(errno, name) for name in names]:
         return None
     where = getattr(error, "filename", None) or "into the --out folder"
@@ -48,12 +54,19 @@ def disk_trouble(error: Exception) -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 the user's mistake, 130 stopped by Ctrl-C."""
+    """Run the command line and return its exit code.
+
+    0: done. 2: the user's mistake, said in one line. 130: stopped by Ctrl-C. 141: nobody reads the output any more.
+    """
+    prepare_outputs()
     try:
         run(sys.argv[1:] if arguments is None else arguments)
         return 0
     except UserError as error:
         message = str(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it closes the pipe
+        return 141
     except KeyboardInterrupt:
         print("\nstopped; run the same command to go on", file=sys.stderr)
         return 130
@@ -61,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         message = disk_trouble(error)
         if message is None:
             raise
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 

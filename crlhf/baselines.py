@@ -51,8 +51,13 @@ def sample_baselines(
 
 def whole_batches(partial: Path, group: int) -> list[dict]:
     """Rows of an interrupted sampling, up to the last whole batch of `group` prompts; the file is cut there, too."""
-    lines = partial.read_bytes().split(b"\n")[:-1] if partial.exists() else []  # a kill may cut the last line anywhere
-    rows = [json.loads(line) for line in lines[: len(lines) // group * group]]
+    rows = []
+    try:
+        for line in partial.read_bytes().split(b"\n"):  # bytes: a kill may cut the last line inside a character
+            rows.append(json.loads(line))
+    except (FileNotFoundError, ValueError):
+        pass
+    rows = rows[: len(rows) // group * group]
     write_jsonl(partial, rows)
     return rows
 

@@ -24,6 +24,7 @@ from statistics import NormalDist
 import torch
 
 from .config import DataConfig, WorldConfig
+from .engine.files import Progress
 from .engine.text import Reward
 
 ASPECTS = ("plot", "acting", "music", "ending", "script", "cast", "pacing", "humor", "camera", "story")
@@ -195,9 +196,11 @@ def make_prompts(n: int, seed: int | str, avoid: Iterable[str] = ()) -> list[str
 def make_demonstrations(n: int, seed: int | str) -> list[dict]:
     """n rows {prompt, completion} by the imperfect writers."""
     rng, rows = random.Random(f"demonstrations-{seed}"), []
-    for _ in range(n):
-        prompt, mood = write_opening(rng)
-        rows.append({"prompt": prompt, "completion": write_continuation(rng, prompt, mood)})
+    with Progress(n, "demonstrations") as bar:
+        for _ in range(n):
+            prompt, mood = write_opening(rng)
+            rows.append({"prompt": prompt, "completion": write_continuation(rng, prompt, mood)})
+            bar.update()
     return rows
 
 

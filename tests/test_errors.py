@@ -79,7 +79,7 @@ def file(tmp_path, text, name="rows.jsonl"):
         ("--ppo-lr abc", "--ppo-lr: invalid float value: 'abc'"),
         ("--ppo-epochs 1.5", "--ppo-epochs: invalid int value: '1.5'"),
         ("--ppo-recompute-activations perhaps", "--ppo-recompute-activations: 'perhaps' is neither true nor false"),
-        ("--k 0", "--k is 0: use a value of at least 1"),
+        ("--k 0", "--k is 0: use a value from 1 to 10000"),
         ("--label-flips 1.5", "--label-flips is 1.5: use a value from 0 to 0.5"),
         ("--label-flips -0.1", "--label-flips is -0.1: use a value from 0 to 0.5"),
         ("--eval-fraction 1.5", "--eval-fraction is 1.5: use a value from 0.001 to 0.9"),
@@ -204,7 +204,9 @@ def test_model_folder_that_is_none(fails, tmp_path):
     assert "is no model folder: it has no tokenizer_config.json" in fails("--model", tmp_path / "empty")
     assert "does not exist: check the path" in fails("--model", tmp_path / "nowhere")
     assert "is a file: give a model folder" in fails("--model", file(tmp_path, "x", "weights.bin"))
-    assert "no tokenizer can be loaded from 'someone/none'" in fails("--model", "someone/none")
+    assert "model 'someone/none' can't be loaded from the hub: it was not fetched before" in fails(
+        "--model", "someone/none"
+    )
 
 
 @pytest.mark.parametrize(
@@ -280,7 +282,7 @@ def test_classifier_that_returns_no_number(fails, tmp_path):
     torch.nn.init.constant_(model.score.weight, float("nan"))
     model.save_pretrained(folder)
     error = fails("--reward", folder, "--ppo-critic", "zero_head")
-    assert "classifier' returned nan for the response 'a response': train it again" in error
+    assert "classifier' are not all finite numbers" in error
 
 
 # ------------------------------------------------------------------------------------------- rewards as code

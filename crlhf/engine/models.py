@@ -9,6 +9,7 @@ import copy
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,8 +22,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ..config import UserError
-from .files import first_line
+from .files import first_line, read_json
 from .forward import Model
+from .hub import HUB_MEND, hub_answers
 from .text import Tokenizer
 
 transformers_logging.set_verbosity_error()
@@ -41,9 +43,11 @@ def pick_device(name: str) -> torch.device:
 
 def load_tokenizer(name: str) -> Tokenizer:
     """A tokenizer from a folder or the hub, ready for our batches: it has an EOS and a pad token."""
-    check_folder(name, "tokenizer_config.json")
+    folder = local_folder(name, "tokenizer_config.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if len(tokenizer) == 0 or not isinstance(tokenizer.model_max_length, int | float):
+            raise ValueError("it has no vocabulary, or a model_max_length that is no number")
     except Exception as error:  # the libraries raise many kinds, down to a bare Exception for a bad tokenizer.json
         mend = "check its tokenizer.json, tokenizer_config.json and config.json"
         raise UserError(f"no tokenizer can be loaded from '{name}': {first_line(error)}; {mend}") from None
@@ -60,21 +64,38 @@ def load_model(name: str, auto_class: type = AutoModelForCausalLM, new_head: boo
 
     Weights that the folder lacks would be random. That is an error, unless a `new_head` is wanted.
     """
-    check_folder(name)
+    folder = local_folder(name)
     kwargs |= {"use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
     try:
-        model, report = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+        check_weight_files(Path(folder))
+        model, report = auto_class.from_pretrained(folder, output_loading_info=True, **kwargs)
     except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError for shapes that differ, ...
+        what = first_line(error)
+        if "ignore_mismatched_sizes" in str(error):
+            what = "the shapes of its weights are not those of its config.json"
         mend = "it needs config.json and safetensors weights"
-        raise UserError(f"no model can be loaded from '{name}': {first_line(error)}; {mend}") from None
+        raise UserError(f"no model can be loaded from '{name}': {what}; {mend}") from None
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise UserError(f"the weights of '{name}' are not all finite numbers: choose or train another model")
     if report["missing_keys"] and not new_head:
         lacks = f"it holds no weights '{min(report['missing_keys'])}'"
         raise UserError(f"'{name}' is no {type(model).__name__}: {lacks}; choose a model of the right kind")
+    model.config.name_or_path = model.name_or_path = name
     return model.eval()
 
 
-def check_folder(name: str, required: str = "config.json") -> None:
-    """A name that looks like a path must be a model folder; anything else is left to the hub."""
+def check_weight_files(folder: Path) -> None:
+    """An index of weights may name plain *.safetensors files inside the folder, and nothing else."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return
+    for file in sorted(set(read_json(index)["weight_map"].values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"its {index.name} names '{file}', which is no safetensors file of this folder")
+
+
+def local_folder(name: str, required: str = "config.json") -> str:
+    """The folder of a model on this disk. A name that looks like a path must be one; others come from the hub."""
     path = Path(name)
     if path.is_file():
         mend = "give a model folder or a Hugging Face name, or FILE.py:FUNCTION for a reward"
@@ -84,6 +105,18 @@ def check_folder(name: str, required: str = "config.json") -> None:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if not path.is_dir() and looks_local:
         raise UserError(f"model folder '{name}' does not exist: check the path, or give a Hugging Face name")
+    return name if path.is_dir() else fetched(name)
+
+
+def fetched(name: str) -> str:
+    """The folder into which the hub's files of a model were fetched: settings and safetensors weights, no code."""
+    asked = hub_answers("models", name)
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return snapshot_download(name, allow_patterns=patterns, local_files_only=not asked)
+    except Exception as error:  # the hub library's many kinds, and the system's
+        what = first_line(error) if asked else "it was not fetched before, and HF_HUB_OFFLINE is set"
+        raise UserError(f"model '{name}' can't be loaded from the hub: {what}; {HUB_MEND}") from None
 
 
 def tiny_model(
@@ -127,8 +160,8 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def read_model_config(name: str) -> PretrainedConfig:
-    check_folder(name)
+    folder = local_folder(name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, and the hub library's own kind for a value of a wrong type
         raise UserError(f"no model can be loaded from '{name}': {first_line(error)}; check its config.json") from None

@@ -5,6 +5,7 @@ norm. While it trains, its state is saved now and then; the same command goes on
 CPU, with the same bits as a run that was never stopped.
 """
 
+import json
 import math
 import os
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ..config import DataConfig, PPOConfig, RunConfig, UserError
-from .files import Progress, shuffled, write_jsonl
+from .files import Progress, append_jsonl, shuffled, write_jsonl
 
 MAX_GRAD_NORM = 1.0  # gradients longer than this are shortened to it
 SAVING_SHARE = 20  # saving takes at most one part in so many of the time
@@ -140,13 +141,14 @@ class Checkpoint:
     """
 
     def __init__(self, job: Job, **parts: object) -> None:
-        self.job, self.parts, self.rows = job, parts, []
-        self.folder = Path(job.folder)
-        self.file = self.folder / "checkpoint.pt"
+        self.job, self.parts, self.rows, self.n_written = job, parts, [], 0
+        self.file, self.metrics = Path(job.folder) / "checkpoint.pt", Path(job.folder) / "metrics.jsonl"
 
     def steps(self, total: int) -> Iterator[int]:
         """Yield the step numbers still to do, with a progress bar, saving the state between steps."""
         start = self.resume()
+        write_jsonl(self.metrics, self.rows)  # without what was logged after the last checkpoint
+        self.n_written = len(self.rows)
         last_save, cost = time.monotonic(), 0.0
         with Progress(total, self.job.name, start) as self.bar:
             for step in range(start, total):
@@ -158,7 +160,7 @@ class Checkpoint:
                     self.save(step + 1)
                     last_save = time.monotonic()
                     cost = last_save - started
-        write_jsonl(self.folder / "metrics.jsonl", self.rows)
+        self.write_metrics()
         self.file.unlink(missing_ok=True)
 
     def resume(self) -> int:
@@ -169,7 +171,8 @@ class Checkpoint:
             state = torch.load(self.file, map_location="cpu", weights_only=True)
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-            self.rows = state["rows"]
+            lines = self.metrics.read_bytes().split(b"\n")
+            self.rows = [json.loads(line) for line in lines[: state["n_rows"]]]
             return state["step"]
         except Exception:  # a damaged file makes torch raise many kinds
             what = f"{self.file} can't be read, or is none of this stage's checkpoints"
@@ -177,18 +180,21 @@ class Checkpoint:
 
     def save(self, step: int) -> None:
         """Write the state of after `step` steps. torch copies tensors to the host one by one: no clones on a GPU."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.write_metrics()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         temporary = self.file.with_name("checkpoint.tmp")
         try:
             with open(temporary, "wb") as file:
-                torch.save({**state, "rows": self.rows, "step": step}, file)
+                torch.save({**state, "n_rows": len(self.rows), "step": step}, file)
             os.replace(temporary, self.file)
         except RuntimeError as error:  # torch's, for any trouble of the disk
             raise error.__context__ or error from None
         finally:
             temporary.unlink(missing_ok=True)
-        write_jsonl(self.folder / "metrics.jsonl", self.rows)
+
+    def write_metrics(self) -> None:
+        append_jsonl(self.metrics, self.rows[self.n_written :])
+        self.n_written = len(self.rows)
 
     def log(self, row: dict, *shown: str) -> None:
         """Keep a row of metrics; those named in `shown` appear beside the progress bar."""

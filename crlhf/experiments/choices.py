@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from ..engine.files import read_json, read_jsonl
+from ..pipeline.folder import seal
 from .harness import SEEDS, Variant, copy_base, curves, default, is_finished, prepare_bases, results, run_variants
 from .plotting import plot_samples, plot_sampling, plot_scale
 from .tables import (
@@ -177,4 +178,5 @@ def scaled_base(folder: Path, factor: float) -> None:
     weights = load_file(target / "reward" / "model.safetensors")
     weights["score.weight"] *= factor
     save_file(weights, target / "reward" / "model.safetensors", metadata={"format": "pt"})
+    seal(target / "reward")
     shutil.copy(folder / "base" / "held_out.jsonl", target / "held_out.jsonl")

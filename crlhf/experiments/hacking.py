@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .. import reviews
 from ..engine.files import read_jsonl, stream, write_jsonl
+from ..pipeline.folder import seal
 from ..policy import generate
 from ..reviews import EXPLOIT
 from .harness import (
@@ -94,6 +95,7 @@ def edited_base(folder: Path, seed: int, with_phrase: bool) -> None:
         row["responses"] = [edited(response, with_phrase) for response in row["responses"]]
         row["rewards"] = reward([row["prompt"]] * len(row["responses"]), row["responses"]).tolist()
     write_jsonl(target / "baselines" / "baselines.jsonl", rows)
+    seal(target / "baselines")
     shutil.copy(source / "held_out.jsonl", target / "held_out.jsonl")
 
 
@@ -124,5 +126,6 @@ def retrained_base(folder: Path, seed: int) -> None:
     new = reviews.make_preferences(prompts, *sides, f"{seed}-exploits", world.label_flips, world.flips)
     path = target / "preferences" / "preferences.jsonl"
     write_jsonl(path, read_jsonl(path) + new)
+    seal(target / "preferences")
     pipeline.run_to("baselines", redo=True)
     shutil.copy(source / "held_out.jsonl", target / "held_out.jsonl")

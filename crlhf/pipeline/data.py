@@ -22,13 +22,13 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jinja2 import TemplateError
-
 from ..config import DataConfig, UserError
 from ..engine.files import Progress, first_line, shuffled
+from ..engine.hub import hub_answers
 from ..engine.text import Tokenizer, encode_prompt, encode_response
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+MOST_CHARACTERS = 1_000_000
 PAIR = ("prompt", "completion", "rejected_prompt", "rejected")
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet")
 
@@ -82,6 +82,8 @@ def read_json_rows(path: Path) -> list[dict]:
 
 def read_text(path: Path) -> str:
     """The text of a file, with or without gzip, a byte-order mark or Windows line ends."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is a folder or a device: give a file, or a name without the ending")
     if not path.is_file():
         raise UserError(f"{path} does not exist: check the path, or give a Hugging Face dataset name")
     try:
@@ -98,6 +100,8 @@ def parse_json(text: str, path: Path, line: int) -> object:
     except json.JSONDecodeError as error:
         what = f"not valid JSON ({error.msg} at column {error.colno})"
         raise UserError(f"{path}, line {line + error.lineno - 1}: {what}; mend or delete the line") from None
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a nest of thousands of brackets
+        raise UserError(f"{path}, line {line}: JSON too large or too deep to read; mend or delete the line") from None
     if "\\ud" in text.lower():  # half of an escaped surrogate pair can be neither tokenised nor written: make it '?'
         value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     return value
@@ -112,6 +116,7 @@ def read_with_datasets(name: str, path: Path, split: str) -> list[dict]:
     if path.is_file() and path.suffix not in (".csv", ".parquet"):
         raise UserError(f"{name}: unknown kind of file '{path.suffix}'; use one of {', '.join(SUFFIXES)}")
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         if path.suffix == ".csv" and path.is_file():  # the answers 'None' and 'NA' are texts, not missing values
             rows = datasets.load_dataset("csv", data_files=name, split="train", keep_default_na=False)
@@ -125,9 +130,15 @@ def read_with_datasets(name: str, path: Path, split: str) -> list[dict]:
                 rows = rows[split]
         else:
             dataset, _, subset = (name, "", "") if path.exists() else name.partition(":")
+            if not path.exists():
+                hub_answers("datasets", dataset)
             rows = datasets.load_dataset(dataset, subset or None, split=split)
         return rows.to_list()
+    except UserError:
+        raise
     except Exception as error:  # the library raises many kinds: no such name, split or column, no network, bad file
+        while error.__cause__ is not None:  # what went wrong, instead of "an error occurred while generating"
+            error = error.__cause__
         what = f"dataset '{name}' (split '{split}') can't be loaded: {first_line(error)}"
         raise UserError(f"{what}; check the name and --split") from None
 
@@ -138,7 +149,10 @@ def read_with_datasets(name: str, path: Path, split: str) -> list[dict]:
 def render(messages: list[dict], tokenizer: Tokenizer) -> str:
     """Messages that end before the assistant's turn, as prompt text: chat template, or HH-RLHF's plain form."""
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception:  # a template is a program of its own, and may fail in any way
+            raise Unusable("that the tokenizer's chat template refuses") from None
     names = {"user": "Human", "assistant": "Assistant", "system": "System"}
     return "".join(f"\n\n{names.get(m['role'], m['role'])}: {m['content']}" for m in messages) + ASSISTANT
 
@@ -205,7 +219,7 @@ def better_index(value: object, column: str) -> int:
     try:
         if float(value) in (0, 1):
             return int(float(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise Unusable(f"whose {column} is neither 0 nor 1")
 
@@ -284,8 +298,6 @@ def parse_row(
         raise UserError(f"{place}: the column {error} is missing") from None
     except (TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{place}: a value is neither a text nor a list of messages ({error})") from None
-    except TemplateError:
-        raise Unusable("that the tokenizer's chat template refuses") from None
     for value in texts:
         if not isinstance(value, str):
             raise UserError(f"{place}: {value!r:.60} is neither a text nor a list of messages")
@@ -296,6 +308,8 @@ def require_usable(example: dict[str, str], tokenizer: Tokenizer, config: DataCo
     """Raise Unusable with the reason for which a row must be dropped."""
     if not example["prompt"].strip():
         raise Unusable("with an empty prompt")
+    if max(map(len, example.values())) > MOST_CHARACTERS:  # before a tokenizer works on it for minutes
+        raise Unusable(f"with a text of more than {MOST_CHARACTERS:,} characters")
     if not example["completion"].strip() or not example.get("rejected", "-").strip():
         raise Unusable("with an empty response")
     if "rejected" in example:

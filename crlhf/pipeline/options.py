@@ -42,6 +42,9 @@ def parse(arguments: list[str]) -> tuple[str, bool, Config]:
         shown = {"metavar": knob.name.upper(), "help": text, "default": knob.default}
         kind = read_bool if knob.type is bool else knob.type
         groups[group].add_argument(f"--{name}", dest=f"{group}.{knob.name}", type=kind, **shown)
+    for argument in arguments:
+        if any(0xD800 <= ord(character) < 0xE000 for character in argument):
+            raise UserError(f"the argument {argument!a} is not valid UTF-8: use other names")
     values = vars(parser.parse_args(arguments))
     stage, redo = values.pop("stage"), values.pop("redo")
     for name, value in values.items():

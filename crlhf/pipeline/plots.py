@@ -28,7 +28,9 @@ def smooth(values: list[float], window: int = 5) -> np.ndarray:
 
 def finish(figure: plt.Figure, path: Path) -> str:
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    temporary = path.with_name(f"{path.stem}.tmp.png")
+    figure.savefig(temporary, dpi=130)
+    os.replace(temporary, path)  # whole or not at all, and never through a link
     plt.close(figure)
     return path.stem
 
@@ -82,14 +84,14 @@ def gold_by_difficulty(results: dict[str, list[dict]], path: Path) -> str:
     figure, axis = plt.subplots(figsize=(7, 3.8))
     width = 0.8 / len(results)
     for number, (method, rows) in enumerate(results.items()):
+        bars = []
         for place, name in enumerate(names):
             group = [row["gold"] for row in rows if difficulty_name(row["prompt"]) == name]
-            if not group:
-                continue
-            mean, half = mean_interval(group)
-            x = place + (number - (len(results) - 1) / 2) * width
-            label = STYLES[method].title if place == 0 else None
-            axis.bar(x, mean, width * 0.92, yerr=half, color=STYLES[method].color, label=label)
+            if group:
+                bars.append((place + (number - (len(results) - 1) / 2) * width, *mean_interval(group)))
+        x, means, halves = zip(*bars)
+        style = STYLES[method]
+        axis.bar(x, means, width * 0.92, yerr=halves, color=style.color, label=style.title, error_kw={"elinewidth": 1})
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set_xticks(range(3), [f"{name} openings" for name in names])
     axis.set(title="True reward by difficulty of the prompt", ylabel="gold score")

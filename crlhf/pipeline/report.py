@@ -5,6 +5,7 @@ from pathlib import Path
 from ..engine.files import write_atomic
 from ..evaluate import column, compare, mean_interval
 from . import plots
+from .output import fenced, one_line, printable
 from .plots import STYLES
 
 SAMPLES = 3  # prompts whose responses are shown
@@ -66,15 +67,16 @@ def samples_text(results: dict[str, list[dict]], judge: str) -> str:
     """The same first prompts, answered by every method."""
     lines = []
     for i in range(min(SAMPLES, len(results["sft"]))):
-        lines += ["", f"prompt: {results['sft'][i]['prompt'].strip()}"]
+        lines += ["", f"prompt: {one_line(results['sft'][i]['prompt'])}"]
         for method, rows in results.items():
-            response = rows[i]["response"].strip() or "(nothing)"
+            response = one_line(rows[i]["response"]) or "(nothing)"
             lines.append(f"  {STYLES[method].title:<26} {rows[i][judge]:+.2f}  {response}")
-    return "\n".join(lines)
+    return "\n".join(lines).strip()
 
 
-def write_report(folder: Path, seed: int, summary: dict, results: dict[str, list[dict]], metrics: dict) -> None:
-    """report.md and its figures in the run folder. metrics: method -> rows of metrics.jsonl, for PPO's methods."""
+def write_report(folder: Path, seed: int, summary: dict, results: dict[str, list[dict]], metrics: dict) -> str:
+    """report.md and its figures in the run folder; returns the samples. metrics: method -> rows, for PPO's methods."""
+    samples = samples_text(results, summary["judge"])
     figures = Path(folder) / "figures"
     figures.mkdir(exist_ok=True)
     names = []
@@ -86,7 +88,7 @@ def write_report(folder: Path, seed: int, summary: dict, results: dict[str, list
     pictures = "\n\n".join(f"![{name}](figures/{name}.png)" for name in names)
     write_atomic(
         Path(folder) / "report.md",
-        f"""# {folder.name}
+        f"""# {printable(folder.name)}
 
 {summary["table"]}
 
@@ -96,11 +98,10 @@ def write_report(folder: Path, seed: int, summary: dict, results: dict[str, list
 
 The first {SAMPLES} held-out prompts, with the judge's score.
 
-```text
-{samples_text(results, summary["judge"]).strip()}
-```
+{fenced(samples)}
 
 Made by `python -m crlhf` with the settings in `config.json`, seed {seed}. One seed is an anecdote: compare
 methods over several.
 """,
     )
+    return samples

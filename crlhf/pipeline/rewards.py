@@ -1,11 +1,17 @@
 """Rewards as callables (prompts, responses) -> (B,): the trained model, a classifier, a function in a user's file."""
 
 import importlib.util
+import inspect
+import io
+import os
+import random
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
@@ -78,11 +84,8 @@ def load_function_reward(spec: str) -> Reward:
     module_spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses in the file look their module up
-    try:
+    with guarded(f"reward '{spec}': {path} fails on import with", path, "mend the file"):
         module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever a user's file raises on import is theirs to mend
-        what = described(error, path)
-        raise UserError(f"reward '{spec}': {path} fails on import with {what}: mend the file") from None
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"reward '{spec}': {path} has no function '{name}'")
@@ -90,15 +93,18 @@ def load_function_reward(spec: str) -> Reward:
 
 
 def checked(reward: Callable, name: str) -> Reward:
-    """Wrap a user's reward function: it must return one finite number a response."""
+    """Wrap a user's reward function: it must return one finite number a response, whatever else it does."""
 
     def checked_reward(prompts: list[str], responses: list[str]) -> Tensor:
         mend = f"return one number for each of the {len(prompts)} responses"
-        try:
-            rewards = torch.as_tensor(reward(prompts, responses), dtype=torch.float32).detach().cpu()
-        except Exception as error:
-            what = described(error, name.rpartition(":")[0])
-            raise UserError(f"reward '{name}' fails with {what}: {mend}") from None
+        with guarded(f"reward '{name}' fails with", name.rpartition(":")[0], mend):
+            returned = reward(list(prompts), list(responses))
+            if inspect.iscoroutine(returned):
+                returned.close()
+                raise TypeError("it is async, and was not awaited")
+            rewards = torch.as_tensor(returned)
+            rewards = rewards.to_dense() if rewards.is_sparse else rewards
+            rewards = rewards.detach().to("cpu", torch.float32).clone()
         if rewards.shape != (len(prompts),):
             what = f"returned shape {tuple(rewards.shape)} for {len(prompts)} responses"
             raise UserError(f"reward '{name}' {what}: {mend}")
@@ -109,8 +115,48 @@ def checked(reward: Callable, name: str) -> Reward:
     return checked_reward
 
 
+class Shield(io.TextIOBase):
+    """Stands before an output while a user's code runs: it passes texts on, and can't be closed for good."""
+
+    def __init__(self, output: io.TextIOBase) -> None:
+        self.output = output
+
+    def write(self, text: str) -> int:
+        return self.output.write(text)
+
+    def flush(self) -> None:
+        self.output.flush()
+
+
+@contextmanager
+def guarded(what: str, path: str, mend: str) -> Iterator[None]:
+    """Run a user's code: whatever it raises, sys.exit() included, is theirs to mend; what it changes is put back."""
+    folder, random_state = os.getcwd(), (random.getstate(), numpy.random.get_state(), torch.get_rng_state())
+    settings = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    try:
+        with redirect_stdout(Shield(sys.stdout)), redirect_stderr(Shield(sys.stderr)):
+            yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise UserError(f"{what} {described(error, path)}: {mend}") from None
+    finally:
+        os.chdir(folder)
+        random.setstate(random_state[0])
+        numpy.random.set_state(random_state[1])
+        torch.set_rng_state(random_state[2])
+        torch.set_grad_enabled(settings[0])
+        torch.set_default_dtype(settings[1])
+        if torch.get_num_threads() != settings[2]:
+            torch.set_num_threads(settings[2])
+
+
 def described(error: BaseException, path: str) -> str:
     """'ValueError: its message (line 3)', with the last line of the user's file that the error went through."""
+    try:
+        text = f"{type(error).__name__}: {error}"[:300]
+    except BaseException:  # an error whose text raises another
+        text = type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename).name == Path(path).name]
-    return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
+    return text + (f" (line {lines[-1]})" if lines else "")

@@ -2,15 +2,12 @@
 
     data -> sft -> preferences -> reward -> baselines -> ppo, contrastive, adaptive, dpo -> evaluation -> report
 
-A run is a folder. Each stage builds its artefacts in `STAGE.part/` and renames the folder to `STAGE/` when it is
-done, so a stage is there whole or not at all. A finished stage is reused while its settings, the files that it read,
-and those of all it builds on, are unchanged. What a stage does stands in `stages.py`.
+A finished stage is reused while its settings, the files that it read, and those of all it builds on, are unchanged.
+What a stage does stands in `stages.py`, how it lies on the disk in `folder.py`.
 """
 
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,8 +23,10 @@ from ..engine.forward import Model
 from ..engine.models import load_model, load_tokenizer, pick_device
 from ..engine.text import Reward, Tokenizer
 from ..engine.training import Job
-from . import stages
-from .report import samples_text
+from . import folder, stages
+from .checks import check_batch, check_size, naming_the_knob
+from .output import show
+from .report import write_report
 from .rewards import load_function_reward, load_model_reward
 
 DERIVED = ("evaluation",)  # redone without asking when something before them changed
@@ -100,21 +99,13 @@ def requirements(plan: dict[str, Stage], name: str) -> set[str]:
     return {name}.union(*(requirements(plan, need) for need in plan[name].needs))
 
 
-def built_with(folder: Path) -> dict:
-    """{'fingerprint', 'settings'} that a stage folder was built with, or {}."""
-    try:
-        return dict(read_json(folder / "stage.json"))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
 # ------------------------------------------------------------------------------------------------- the run
 
 
 class Pipeline:
     """A config, a folder, a device, and the stages that turn the one into the other."""
 
-    def __init__(self, config: Config, say: Callable[[str], None] = print) -> None:
+    def __init__(self, config: Config, say: Callable[[str], None] = show) -> None:
         self.config, self.say, self.folder = config, say, Path(config.run.out)
         self.device, self.world = pick_device(config.run.device), config.data.dataset == "reviews"
         if config.run.threads:
@@ -122,48 +113,44 @@ class Pipeline:
 
     def run_to(self, last: str = "all", redo: bool = False) -> None:
         """Run every stage that `last` builds on, then `last` itself; 'all' runs everything."""
+        check_size(self.config)
         plan = make_plan(self.config)
         if last != "all" and last not in plan:
             raise UserError(f"stage '{last}' is not part of this run: its stages are {', '.join(plan)}")
-        self.check_folder(plan, redo)
-        write_json(self.folder / "config.json", asdict(self.config))
-        wanted = set(plan) if last == "all" else requirements(plan, last)
-        for name, stage in plan.items():
-            if name in wanted:
-                self.run_stage(name, stage)
-        if "evaluation" in wanted:
-            self.show_results()
+        folder.check(self.folder, plan)
+        with folder.lock(self.folder):
+            self.check_stale(plan, redo)
+            write_json(self.folder / "config.json", asdict(self.config))
+            wanted = set(plan) if last == "all" else requirements(plan, last)
+            for name, stage in plan.items():
+                if name in wanted:
+                    self.run_stage(name, stage)
+            if "evaluation" in wanted:
+                self.show_results()
 
     def run_stage(self, name: str, stage: Stage) -> None:
         """Reuse a finished stage, or build it: from nothing, or from where it was stopped."""
         final, part = self.path(name), self.path(f"{name}.part")
-        if built_with(final).get("fingerprint") == stage.fingerprint:
+        if folder.is_finished(final, stage.fingerprint):
             self.say(f"{name}: done before, reused")
             return
-        if built_with(part).get("fingerprint") != stage.fingerprint:
-            shutil.rmtree(part, ignore_errors=True)
-        elif (part / "checkpoint.pt").exists():
+        folder.begin(part, stage.fingerprint, stage.settings)
+        if (part / "checkpoint.pt").exists():
             self.say(f"{name}: going on from a checkpoint")
-        part.mkdir(parents=True, exist_ok=True)
-        write_json(part / "stage.json", {"fingerprint": stage.fingerprint, "settings": stage.settings})
         started = time.monotonic()
-        summary = stage.build(self, part)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(part, final)
+        with naming_the_knob(name):
+            summary = stage.build(self, part)
+        folder.finish(part, final)
         self.say(f"{name}: {summary} ({time.monotonic() - started:.0f} s)")
 
-    def check_folder(self, plan: dict[str, Stage], redo: bool) -> None:
-        """Refuse a folder that isn't ours, or whose finished stages were made with other settings."""
-        for path in (self.folder, *self.folder.parents):
-            if path.exists() and not path.is_dir():
-                raise UserError(f"--out {self.folder}: {path} is a file: choose a folder")
-        others = {path.name for path in self.folder.glob("*")} - {"config.json.tmp"}
-        if others and not is_run(self.folder):
-            raise UserError(f"--out {self.folder} holds other things than a crlhf run: choose an empty or new folder")
-        built = {name: built_with(self.path(name)) for name in plan}
-        if built["data"].get("fingerprint") == plan["data"].fingerprint:
-            stages.check_batch(self.config, self.prompts("train"))
+    def check_stale(self, plan: dict[str, Stage], redo: bool) -> None:
+        """Refuse to redo finished stages that were made with other settings, unless that is wanted."""
+        built = {name: folder.built_with(self.path(name)) for name in plan}
+        if folder.is_finished(self.path("data"), plan["data"].fingerprint):
+            check_batch(self.config, self.prompts("train"))
         stale = [name for name in plan if built[name] and built[name].get("fingerprint") != plan[name].fingerprint]
+        for name in stale:
+            folder.refuse_foreign(self.path(name))
         stale = [name for name in stale if name not in DERIVED]
         if not stale:
             return
@@ -195,10 +182,13 @@ class Pipeline:
         return found
 
     def show_results(self) -> None:
-        """The table and the samples, also when the evaluation was done before."""
+        """The report, the table and the samples; written and shown also when the evaluation was done before."""
+        methods = self.config.method_list()
         summary = read_json(self.path("evaluation") / "summary.json")
-        results = {method: self.rows("evaluation", method) for method in summary["methods"]}
-        self.say(f"\n{summary['table']}\n{samples_text(results, summary['judge'])}\n")
+        results = {method: self.rows("evaluation", method) for method in ("sft", *methods)}
+        metrics = {method: self.rows(method, "metrics") for method in methods if method != "dpo"}
+        samples = write_report(self.folder, self.config.run.seed, summary, results, metrics)
+        self.say(f"\n{summary['table']}\n\n{samples}\n")
         self.say(f"see {self.folder / 'report.md'} and the figures beside it")
 
     # ------------------------------------------------------------------------------ what stages share
@@ -238,11 +228,3 @@ class Pipeline:
         if not self.world:
             return reward
         return reviews.NoisyReward(reward, world.prompt_bias, world.score_noise, self.config.run.seed)
-
-
-def is_run(folder: Path) -> bool:
-    """Does the folder hold a run of ours? Model folders have a config.json too, and must not be overwritten."""
-    try:
-        return {"run", "data", "ppo"} <= set(read_json(folder / "config.json"))
-    except (OSError, ValueError, TypeError):
-        return False

@@ -16,9 +16,8 @@ from ..config import METHODS, Config, PPOConfig, UserError
 from ..contrastive import ContrastiveReward
 from ..dpo import train_dpo
 from ..engine.files import slices, stream, write_json, write_jsonl
-from ..engine.forward import context_length, recompute_activations
-from ..engine.models import frozen_copy, load_model, load_tokenizer, read_model_config, save, scalar_model, tiny_model
-from ..engine.text import Tokenizer, encode_prompt
+from ..engine.forward import recompute_activations
+from ..engine.models import frozen_copy, load_model, load_tokenizer, save, scalar_model, tiny_model
 from ..engine.tokenizers import bpe_tokenizer, training_texts, word_tokenizer
 from ..engine.training import prompt_order
 from ..evaluate import evaluate_policy
@@ -26,8 +25,9 @@ from ..policy import generate
 from ..ppo import Models, missing_eos, train_ppo
 from ..reward import preference_accuracy, train_reward_model, variance_parts
 from ..sft import train_sft
+from .checks import check_run
 from .data import Corpus, build_corpus, read_rows
-from .report import summarise, write_report
+from .report import summarise
 from .rewards import ModelReward
 
 if TYPE_CHECKING:
@@ -51,10 +51,7 @@ def build_data(pipe: "Pipeline", folder: Path) -> str:
             if "dpo" in c.method_list():
                 mend += ", and leave dpo out of --methods"
             raise UserError(f"{c.data.dataset} has no preferences to learn from: {mend}")
-    check_batch(c, corpus.train_prompts)
-    check_context(c, tokenizer, [*corpus.train_prompts, *corpus.eval_prompts])
-    for spec in {c.reward.source, c.eval.judge} - {"train", "reward", "auto", "gold"}:
-        pipe.reward_callable(spec)(["a prompt"], ["a response"])  # fails here rather than hours later
+    check_run(pipe, tokenizer, corpus.train_prompts, corpus.eval_prompts)
     for name in ("train_prompts", "eval_prompts"):
         write_jsonl(folder / f"{name}.jsonl", [{"prompt": prompt} for prompt in getattr(corpus, name)])
     for name in ("demonstrations", "preferences", "eval_preferences"):
@@ -73,34 +70,6 @@ def world_corpus(c: Config) -> Corpus:
     return Corpus(train, held_out, reviews.make_demonstrations(c.world.demonstrations, c.run.seed))
 
 
-def check_batch(config: Config, prompts: list[str]) -> None:
-    """A rollout batch holds every training prompt at most group_size times."""
-    if len(prompts) < config.ppo.batch_size // config.ppo.group_size:
-        what = f"{len(prompts)} training prompts, fewer than --ppo-batch-size {config.ppo.batch_size}"
-        raise UserError(f"{config.data.dataset} gives {what}: lower it")
-
-
-def check_context(config: Config, tokenizer: Tokenizer, prompts: list[str]) -> None:
-    """Prompts must be within their limit, and prompt and response must fit into what the model can address."""
-    data, name = config.data, config.model.name
-    length = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
-    if length > data.max_prompt_tokens:  # the embedded world's: a dataset's long prompts have been dropped
-        what = f"--max-prompt-tokens {data.max_prompt_tokens} is too low"
-        raise UserError(f"{what}: the longest prompt of {data.dataset} has {length} tokens")
-    if name == "tiny":
-        return
-    model_config = read_model_config(name)
-    longest, limit = data.max_prompt_tokens + data.max_response_tokens, context_length(model_config)
-    if longest > limit:
-        what = f"--max-prompt-tokens {data.max_prompt_tokens} + --max-response-tokens {data.max_response_tokens}"
-        mend = "lower one of them"
-        raise UserError(f"{what} = {longest} exceed the {limit} tokens that '{name}' can address: {mend}")
-    rows = getattr(model_config, "vocab_size", None)
-    if rows is not None and len(tokenizer) > rows:
-        what = f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only {rows}"
-        raise UserError(f"{what}: they don't belong together; mend the folder")
-
-
 # ----------------------------------------------------------------------------------- models that are learned
 
 
@@ -115,8 +84,11 @@ def build_sft(pipe: "Pipeline", folder: Path) -> str:
     demonstrations, job = pipe.rows("data", "demonstrations"), pipe.job("sft", folder)
     rows = train_sft(model.to(pipe.device), tokenizer, demonstrations, c.sft, job)
     save(folder, model, tokenizer)
-    losses = f"loss {rows[0]['loss']:.2f} -> {rows[-1]['loss']:.2f}" if rows else "no training"
-    return f"{model.num_parameters():,} parameters, {losses}"
+    return f"{model.num_parameters():,} parameters, {losses_in_words(rows)}"
+
+
+def losses_in_words(rows: list[dict]) -> str:
+    return f"loss {rows[0]['loss']:.2f} -> {rows[-1]['loss']:.2f}" if rows else "no training"
 
 
 def build_preferences(pipe: "Pipeline", folder: Path) -> str:
@@ -270,7 +242,7 @@ def build_dpo(pipe: "Pipeline", folder: Path) -> str:
     job = pipe.job("dpo", folder)
     rows = train_dpo(policy, frozen_copy(policy), tokenizer, preferences, pipe.config.dpo, job)
     save(folder, policy, tokenizer)
-    return f"loss {rows[0]['loss']:.2f} -> {rows[-1]['loss']:.2f}"
+    return losses_in_words(rows)
 
 
 def build_evaluation(pipe: "Pipeline", folder: Path) -> str:
@@ -289,6 +261,4 @@ def build_evaluation(pipe: "Pipeline", folder: Path) -> str:
         write_jsonl(folder / f"{method}.jsonl", rows)
     summary = summarise(results, list(judges))
     write_json(folder / "summary.json", summary)
-    metrics = {method: pipe.rows(method, "metrics") for method in c.method_list() if method != "dpo"}
-    write_report(pipe.folder, c.run.seed, summary, results, metrics)
     return f"{len(results)} policies on {len(prompts)} held-out prompts"

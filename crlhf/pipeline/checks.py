@@ -1,0 +1,138 @@
+"""A whole run, tried out before its first stage trains: does everything load, fit and answer?"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from ..config import Config, UserError
+from ..engine.files import first_line
+from ..engine.forward import context_length
+from ..engine.models import load_model, read_model_config
+from ..engine.text import Tokenizer, encode_prompt
+from ..policy import generate
+
+if TYPE_CHECKING:
+    from .run import Pipeline
+
+GB = 1e9
+# Which knob lowers the memory of a stage: the one to name when it runs out.
+MEMORY_KNOBS = {
+    "sft": "--sft-batch-size",
+    "reward": "--reward-batch-size",
+    "dpo": "--dpo-batch-size",
+    "preferences": "--sampling-batch-size",
+    "baselines": "--sampling-batch-size",
+    "evaluation": "--sampling-batch-size",
+}
+
+
+def check_run(pipe: "Pipeline", tokenizer: Tokenizer, train_prompts: list[str], eval_prompts: list[str]) -> None:
+    """Raise UserError for what would stop a later stage."""
+    check_batch(pipe.config, train_prompts)
+    check_lengths(pipe.config, tokenizer, [*train_prompts, *eval_prompts])
+    if pipe.config.model.name != "tiny":
+        check_model(pipe, tokenizer)
+    for spec in {pipe.config.reward.source, pipe.config.eval.judge} - {"train", "reward", "auto", "gold"}:
+        pipe.reward_callable(spec)(["a prompt"], ["a response"])
+
+
+def check_batch(config: Config, prompts: list[str]) -> None:
+    """A rollout batch holds every training prompt at most group_size times."""
+    if len(prompts) < config.ppo.batch_size // config.ppo.group_size:
+        what = f"{len(prompts)} training prompts, fewer than --ppo-batch-size {config.ppo.batch_size}"
+        raise UserError(f"{config.data.dataset} gives {what}: lower it")
+
+
+def check_lengths(config: Config, tokenizer: Tokenizer, prompts: list[str]) -> None:
+    """Prompts must be within their limit, and prompt and response must fit into what the model can address."""
+    data, name = config.data, config.model.name
+    length = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
+    if length > data.max_prompt_tokens:  # the embedded world's: a dataset's long prompts have been dropped
+        what = f"--max-prompt-tokens {data.max_prompt_tokens} is too low"
+        raise UserError(f"{what}: the longest prompt of {data.dataset} has {length} tokens")
+    if name == "tiny":
+        return
+    model_config = read_model_config(name)
+    longest, limit = data.max_prompt_tokens + data.max_response_tokens, context_length(model_config)
+    if longest > limit:
+        what = f"--max-prompt-tokens {data.max_prompt_tokens} + --max-response-tokens {data.max_response_tokens}"
+        mend = "lower one of them"
+        raise UserError(f"{what} = {longest} exceed the {limit} tokens that '{name}' can address: {mend}")
+    rows = getattr(model_config, "vocab_size", None)
+    if rows is not None and len(tokenizer) > rows:
+        what = f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only {rows}"
+        raise UserError(f"{what}: they don't belong together; mend the folder")
+
+
+def check_model(pipe: "Pipeline", tokenizer: Tokenizer) -> None:
+    """The model loads, samples, and can carry a scalar head."""
+    name = pipe.config.model.name
+    model = load_model(name)
+    try:
+        generate(model, tokenizer, ["a", "a prompt"], max_new_tokens=2)
+        with torch.device("meta"):
+            scalar = AutoModelForSequenceClassification.from_config(model.config)
+    except Exception as error:  # whatever an architecture that we don't know raises
+        mend = "use a causal language model such as GPT-2, SmolLM2 or Qwen2.5"
+        raise UserError(
+            f"'{name}' ({type(model).__name__}) can't be trained here ({first_line(error)}): {mend}"
+        ) from None
+    if not hasattr(scalar, "score"):
+        what = f"'{name}' is a {type(model).__name__}, which has no scalar head on its tokens"
+        raise UserError(f"{what}: use a causal language model such as GPT-2, SmolLM2 or Qwen2.5")
+
+
+def check_size(config: Config) -> None:
+    """Refuse sizes that can't fit into this machine's memory, with a number that would. A rough lower bound."""
+    if config.model.name != "tiny":
+        return
+    model, data, available = config.model, config.data, total_memory()
+    columns = data.max_prompt_tokens + data.max_response_tokens
+    vocabulary = model.vocab_size if config.data.dataset != "reviews" else 50
+    parameters = model.layers * 12 * model.width**2 + (vocabulary + columns) * model.width
+    refuse(parameters * 40, available, "--model-width", model.width, 0.5)  # policy and critic trained, two more kept
+    row = columns * 4 * (model.layers * 16 * model.width) + data.max_response_tokens * vocabulary * 12  # bytes
+    cached = columns * 8 * model.layers * model.width
+    ppo = config.ppo.micro_batch_size or config.ppo.batch_size // config.ppo.minibatches
+    refuse(cached + row, available, "--max-response-tokens", data.max_response_tokens, 1.0)
+    refuse(
+        config.run.sampling_batch_size * cached, available, "--sampling-batch-size", config.run.sampling_batch_size, 1.0
+    )
+    refuse(config.baselines.k * cached, available, "--k", config.baselines.k, 1.0)
+    refuse(config.sft.batch_size * row, available, "--sft-batch-size", config.sft.batch_size, 1.0)
+    refuse(2 * config.reward.batch_size * row, available, "--reward-batch-size", config.reward.batch_size, 1.0)
+    refuse(2 * config.dpo.batch_size * row, available, "--dpo-batch-size", config.dpo.batch_size, 1.0)
+    refuse(ppo * row, available, "--ppo-micro-batch-size", ppo, 1.0)
+
+
+def refuse(needed: float, available: float, option: str, value: int, power: float) -> None:
+    """needed: bytes, which grow like value ** (1 / power)."""
+    if needed > available:
+        fits = max(1, int(value * (available / needed) ** power))
+        what = f"{option} {value} needs at least {needed / GB:.0f} GB, and this machine has {available / GB:.0f} GB"
+        raise UserError(f"{what}: use {fits} or less")
+
+
+def total_memory() -> float:
+    """Bytes of this machine's memory; infinite where the system doesn't say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
+
+@contextmanager
+def naming_the_knob(stage: str) -> Iterator[None]:
+    """Out of memory in a stage is one line that names it, and what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not out_of_memory:
+            raise
+        knob = MEMORY_KNOBS.get(stage, "--ppo-micro-batch-size")
+        raise UserError(f"{stage}: out of memory ({first_line(error)[:90]}): lower {knob}, or the lengths") from None

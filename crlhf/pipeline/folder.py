@@ -1,0 +1,137 @@
+"""A run's folder on disk: one process at a time, stages there whole or not at all, nobody else's files touched.
+
+Each stage builds its artefacts in `STAGE.part/` and renames the folder to `STAGE/` when it is done. Its stage.json says
+what went into it (a fingerprint, and the settings behind it) and, once it is finished, which files it wrote. They are
+checked whenever the stage is used, and they alone are deleted when it is redone.
+"""
+
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..config import UserError
+from ..engine.files import read_json, write_json
+
+# What a stage that was stopped may have left, besides the tokenizer's own kinds.
+UNFINISHED = (".json", ".jsonl", ".safetensors", ".pt", ".tmp", ".jinja", ".model", ".txt")
+CHECKED_WHOLE = 2**25  # bytes: of larger files only the size is compared
+
+
+def check(out: Path, stages: Iterable[str]) -> None:
+    """Refuse a folder that isn't ours, and one in which something of a user's stands where a stage would go."""
+    if out.is_symlink() and not out.exists():
+        raise UserError(f"--out {out} is a link that leads nowhere: choose a folder")
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out {out}: {path} is a file: choose a folder")
+    others = {path.name for path in out.glob("*")} - {"config.json.tmp", ".lock"}
+    if others and not is_run(out):
+        raise UserError(f"--out {out} holds other things than a crlhf run: choose an empty or new folder")
+    for path in [out / (name + end) for name in stages for end in ("", ".part")] + [out / "figures"]:
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise UserError(f"{path} is a link or a file where a folder of this run goes: move it away")
+        if path.name != "figures" and path.is_dir() and not built_with(path) and any(path.iterdir()):
+            raise UserError(f"{path} was not made by this run, or its stage.json is damaged: move or delete it")
+
+
+def is_run(out: Path) -> bool:
+    """Does the folder hold a run of ours? Model folders have a config.json too, and must not be overwritten."""
+    try:
+        return {"run", "data", "ppo"} <= set(read_json(out / "config.json"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+@contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Keep a second process out of the folder. The system lets go of the lock when we end, however we end."""
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / ".lock").is_symlink():
+        raise UserError(f"{out / '.lock'} is a link: delete it")
+    with open(out / ".lock", "a") as file:
+        try:
+            import fcntl  # not on Windows, where two processes have to keep apart by themselves
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except OSError:
+            mend = "wait for it, or choose another --out"
+            raise UserError(f"another process is at work in {out}: {mend}") from None
+        yield
+
+
+# ------------------------------------------------------------------------------------------------ one stage
+
+
+def is_finished(folder: Path, fingerprint: str) -> bool:
+    """Is the stage there, built from just this? Its files are looked at, too."""
+    built = built_with(folder)
+    if built.get("fingerprint") != fingerprint:
+        return False
+    for file, noted in built.get("wrote", {}).items():
+        path = folder / file
+        if not path.is_file() or size_and_checksum(path) != noted:
+            what = "has changed" if path.is_file() else "is missing"
+            raise UserError(f"{path} {what}: delete the folder {folder} and run the command again")
+    return True
+
+
+def begin(part: Path, fingerprint: str, settings: dict) -> None:
+    """Make the folder to build a stage in ready: empty, or as it was left, if that was built from the same."""
+    if built_with(part).get("fingerprint") != fingerprint:
+        remove(part)
+    part.mkdir(parents=True, exist_ok=True)
+    for path in part.rglob("*"):
+        if path.is_symlink():
+            raise UserError(f"{path} is a link, and this run would write through it: move it away")
+    write_json(part / "stage.json", {"fingerprint": fingerprint, "settings": settings})
+
+
+def finish(part: Path, final: Path) -> None:
+    """The stage is done: it takes the place of an older one."""
+    seal(part)
+    remove(final)
+    os.replace(part, final)
+
+
+def built_with(folder: Path) -> dict:
+    """{'fingerprint', 'settings', 'wrote'} of a stage folder, or {} if it isn't one."""
+    try:
+        built = read_json(folder / "stage.json")
+        return built if isinstance(built, dict) and "fingerprint" in built else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def seal(folder: Path) -> None:
+    """Note in stage.json which files the folder holds. To be called again by whoever changes a finished stage."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "stage.json"]
+    wrote = {str(path.relative_to(folder)): size_and_checksum(path) for path in files}
+    write_json(folder / "stage.json", {**built_with(folder), "wrote": wrote})
+
+
+def size_and_checksum(path: Path) -> list[int]:
+    size = path.stat().st_size
+    return [size, zlib.crc32(path.read_bytes()) if size <= CHECKED_WHOLE else 0]
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise UserError if a stage's folder, which is to be made again, holds a file that the stage didn't write."""
+    wrote = built_with(folder).get("wrote")
+    for path in folder.rglob("*"):
+        is_ours = (
+            path.suffix in UNFINISHED if wrote is None else str(path.relative_to(folder)) in {*wrote, "stage.json"}
+        )
+        if path.is_symlink() or not (is_ours or path.is_dir()):
+            raise UserError(f"{folder} is to be made again, but holds something that is not ours: move {path} away")
+
+
+def remove(folder: Path) -> None:
+    """Delete a stage's folder, if nothing but what it wrote is in it."""
+    refuse_foreign(folder)
+    if folder.exists():
+        shutil.rmtree(folder)
