@@ -49,7 +49,9 @@ def disk_trouble(error: Exception) -> str | None:
     names += ["ENAMETOOLONG"]
     if number not in [getattr(errno, name) for name in names]:
         return None
-    where = getattr(error, "filename", None) or "into the --out folder"
+    where = str(getattr(error, "filename", None) or "into the --out folder")
+    if number == errno.ENAMETOOLONG:
+        return f"the name '{where[:60]}...' is too long for this disk: choose a shorter one"
     return f"can't write {where}: {os.strerror(number)}; mend that, or choose another --out, and run the command again"
 
 

@@ -32,7 +32,7 @@ def sample_baselines(
     """
     k, group = config.k, max(1, job.sampling_batch_size // config.k)  # prompts a batch
     partial = Path(job.folder) / "partial.jsonl" if job.folder else None
-    rows = whole_batches(partial, group) if partial else []
+    rows = whole_batches(partial, group, prompts) if partial else []
     for first, batch_prompts in slices(prompts, group, job.name, start=len(rows)):
         generator = stream(job.seed, "baselines", first, device=policy.device)
         lengths = job.max_response_tokens, config.temperature, config.top_p
@@ -49,14 +49,17 @@ def sample_baselines(
     return rows
 
 
-def whole_batches(partial: Path, group: int) -> list[dict]:
+def whole_batches(partial: Path, group: int, prompts: list[str]) -> list[dict]:
     """Rows of an interrupted sampling, up to the last whole batch of `group` prompts; the file is cut there, too."""
     rows = []
     try:
-        for line in partial.read_bytes().split(b"\n"):  # bytes: a kill may cut the last line inside a character
-            rows.append(json.loads(line))
-    except (FileNotFoundError, ValueError):
-        pass
+        for line, prompt in zip(partial.read_bytes().split(b"\n"), prompts):  # bytes: a kill may cut a letter in two
+            row = json.loads(line)
+            if row["prompt"] != prompt:
+                break
+            rows.append(row)
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        pass  # what comes after a line that is not ours is sampled again
     rows = rows[: len(rows) // group * group]
     write_jsonl(partial, rows)
     return rows

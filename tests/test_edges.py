@@ -462,3 +462,18 @@ def test_models_that_cannot_be_trained_are_refused_before_anything_is(tmp_path, 
     error = capsys.readouterr().err
     assert "can't be trained here" in error or "no scalar head" in error
     assert "use a causal language model such as GPT-2" in error and not (tmp_path / "run" / "data").exists()
+
+
+def test_names_texts_and_tokenizers_beyond_all_measure(tmp_path, capsys):
+    assert run(tmp_path / "run", "--dataset", "x" * 300 + ".jsonl", stage="data") == 2
+    assert "is too long for this disk: choose a shorter one" in capsys.readouterr().err
+    rows = [{"prompt": f"p {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(20)]
+    rows.append({"prompt": "p", "chosen": "x" * 3_000_000, "rejected": "bad"})
+    path = write(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert run(tmp_path / "run", "--dataset", path, stage="data") == 0
+    assert "1 with a text of more than 1,000,000 characters" in capsys.readouterr().out
+    broken = model_folder(tmp_path / "broken")
+    settings = json.loads((broken / "tokenizer_config.json").read_text())
+    write(broken / "tokenizer_config.json", json.dumps({**settings, "model_max_length": "x"}))
+    assert run(tmp_path / "other", "--model", broken, stage="data") == 2
+    assert "a model_max_length that is no number" in capsys.readouterr().err

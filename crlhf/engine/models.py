@@ -48,6 +48,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if len(tokenizer) == 0 or not isinstance(tokenizer.model_max_length, int | float):
             raise ValueError("it has no vocabulary, or a model_max_length that is no number")
+        tokenizer("a b")  # some fail only when they are used
     except Exception as error:  # the libraries raise many kinds, down to a bare Exception for a bad tokenizer.json
         mend = "check its tokenizer.json, tokenizer_config.json and config.json"
         raise UserError(f"no tokenizer can be loaded from '{name}': {first_line(error)}; {mend}") from None

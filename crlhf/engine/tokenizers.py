@@ -31,11 +31,11 @@ def wrap(tokenizer: tokenizers.Tokenizer, **special_tokens: str) -> Tokenizer:
 
 
 def training_texts(rows: Iterable[dict]) -> Iterator[str]:
-    """Every text in the rows, whatever the columns, for learning a tokenizer."""
+    """Every text in the rows, whatever the columns, for learning a tokenizer; of a very long one the beginning."""
     for row in rows:
         for value in row.values():
             if isinstance(value, str):
-                yield value
+                yield value[:100_000]
             elif isinstance(value, list):
                 yield from training_texts(item for item in value if isinstance(item, dict))
             elif isinstance(value, dict):

@@ -36,8 +36,14 @@ def check_run(pipe: "Pipeline", tokenizer: Tokenizer, train_prompts: list[str], 
     check_lengths(pipe.config, tokenizer, [*train_prompts, *eval_prompts])
     if pipe.config.model.name != "tiny":
         check_model(pipe, tokenizer)
-    for spec in {pipe.config.reward.source, pipe.config.eval.judge} - {"train", "reward", "auto", "gold"}:
-        pipe.reward_callable(spec)(["a prompt"], ["a response"])
+    check_answers(pipe, functions=False)
+
+
+def check_answers(pipe: "Pipeline", functions: bool) -> None:
+    """A reward or judge from outside answers: a user's function (it may have been edited), or a classifier."""
+    for spec in sorted({pipe.config.reward.source, pipe.config.eval.judge} - {"train", "reward", "auto", "gold"}):
+        if (".py:" in spec) == functions:
+            pipe.reward_callable(spec)(["a prompt"], ["a response"])
 
 
 def check_batch(config: Config, prompts: list[str]) -> None:

@@ -24,7 +24,7 @@ from ..engine.models import load_model, load_tokenizer, pick_device
 from ..engine.text import Reward, Tokenizer
 from ..engine.training import Job
 from . import folder, stages
-from .checks import check_batch, check_size, naming_the_knob
+from .checks import check_answers, check_batch, check_size, naming_the_knob
 from .output import show
 from .report import write_report
 from .rewards import load_function_reward, load_model_reward
@@ -114,6 +114,7 @@ class Pipeline:
     def run_to(self, last: str = "all", redo: bool = False) -> None:
         """Run every stage that `last` builds on, then `last` itself; 'all' runs everything."""
         check_size(self.config)
+        check_answers(self, functions=True)
         plan = make_plan(self.config)
         if last != "all" and last not in plan:
             raise UserError(f"stage '{last}' is not part of this run: its stages are {', '.join(plan)}")
