@@ -33,9 +33,10 @@ def run(arguments: list[str]) -> None:
         show_memory()
     else:
         stage, redo, config = parse(arguments)
-        from .pipeline.run import Pipeline
+        from .pipeline.pipeline import Pipeline
+        from .pipeline.run import run_to
 
-        Pipeline(config).run_to(stage, redo)
+        run_to(Pipeline(config), stage, redo)
 
 
 def disk_trouble(error: Exception) -> str | None:

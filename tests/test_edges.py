@@ -477,3 +477,14 @@ def test_names_texts_and_tokenizers_beyond_all_measure(tmp_path, capsys):
     write(broken / "tokenizer_config.json", json.dumps({**settings, "model_max_length": "x"}))
     assert run(tmp_path / "other", "--model", broken, stage="data") == 2
     assert "a model_max_length that is no number" in capsys.readouterr().err
+
+
+def test_kills_while_a_stage_begins_or_is_taken_away(copied):
+    """What a kill may leave: a new folder that has no stage.json yet, and an old one whose files are half gone."""
+    (copied / "dpo.part").mkdir()
+    write(copied / "dpo.part" / "stage.json.tmp", '{"finger')
+    for path in (copied / "ppo").iterdir():
+        if path.name != "stage.json":
+            path.unlink()
+    assert run(copied, "--methods", "ppo,dpo", "--ppo-lr", "2e-3", "--redo") == 0
+    assert not list(copied.glob("*.part"))

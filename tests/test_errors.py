@@ -18,9 +18,10 @@ from transformers import AutoModelForSequenceClassification
 from crlhf.__main__ import main
 from crlhf.config import UserError
 from crlhf.engine.models import load_model, load_tokenizer
+from crlhf.pipeline import run as pipeline_run
 from crlhf.pipeline.options import parse
 from crlhf.pipeline.rewards import load_function_reward
-from crlhf.pipeline.run import Pipeline, make_plan
+from crlhf.pipeline.run import make_plan
 
 TINY = (
     "--demonstrations 64 --pairs 60 --train-prompts 32 --eval-prompts 8 --sft-epochs 1 --reward-epochs 1 "
@@ -501,7 +502,7 @@ def test_other_errors_are_not_swallowed(monkeypatch, out):
     def broken(*_, **__):
         raise ValueError("a bug of ours")
 
-    monkeypatch.setattr(Pipeline, "run_to", broken)
+    monkeypatch.setattr(pipeline_run, "run_to", broken)
     with pytest.raises(ValueError, match="a bug of ours"):
         main(["data", *TINY, "--out", str(out)])
 
@@ -510,6 +511,6 @@ def test_stopping_is_no_error(monkeypatch, out, capsys):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Pipeline, "run_to", stop)
+    monkeypatch.setattr(pipeline_run, "run_to", stop)
     assert main(["data", *TINY, "--out", str(out)]) == 130
     assert "stopped; run the same command to go on" in capsys.readouterr().err

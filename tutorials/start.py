@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from crlhf.config import Config, RunConfig, WorldConfig
-from crlhf.pipeline.run import Pipeline
+from crlhf.pipeline.pipeline import Pipeline
+from crlhf.pipeline.run import run_to
 
 torch.set_num_threads(1)  # models this small gain nothing from more
 
@@ -35,7 +36,7 @@ def tutorial_config(out="runs/tutorial"):
 def tutorial_run(last="all"):
     """The finished run, up to stage `last`, as a Pipeline: .model(stage), .tokenizer(), .prompts(which), .rows(...)."""
     run = Pipeline(tutorial_config(), say=lambda text: None)
-    run.run_to(last, redo=True)
+    run_to(run, last, redo=True)
     return run
 
 

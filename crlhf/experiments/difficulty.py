@@ -22,8 +22,8 @@ from ..contrastive import aggregate
 from ..engine.files import stream
 from ..engine.forward import Model
 from ..evaluate import mean_interval
+from ..pipeline.pipeline import Pipeline
 from ..pipeline.plots import STYLES, finish, plt
-from ..pipeline.run import Pipeline
 from ..policy import generate
 from .estimators import correlation, fit_line, gradient_shares, quantile_groups
 from .harness import SEEDS, Label, Variant, analyse, open_run, run_variants

@@ -8,6 +8,7 @@ from pathlib import Path
 from .. import reviews
 from ..engine.files import read_jsonl, stream, write_jsonl
 from ..pipeline.folder import seal
+from ..pipeline.run import run_to
 from ..policy import generate
 from ..reviews import EXPLOIT
 from .harness import (
@@ -127,5 +128,5 @@ def retrained_base(folder: Path, seed: int) -> None:
     path = target / "preferences" / "preferences.jsonl"
     write_jsonl(path, read_jsonl(path) + new)
     seal(target / "preferences")
-    pipeline.run_to("baselines", redo=True)
+    run_to(pipeline, "baselines", redo=True)
     shutil.copy(source / "held_out.jsonl", target / "held_out.jsonl")

@@ -24,7 +24,8 @@ from ..config import Config
 from ..engine.files import Progress, read_json, read_jsonl, write_json, write_jsonl
 from ..evaluate import column, compare, evaluate_policy
 from ..pipeline.options import from_dict, validate
-from ..pipeline.run import Pipeline, make_plan
+from ..pipeline.pipeline import Pipeline
+from ..pipeline.run import make_plan, run_to
 from ..reviews import EXPLOIT, difficulty_name, gold_reward
 
 SEEDS = tuple(range(8))
@@ -124,7 +125,7 @@ def run_base(base: Path, seed: int, settings: dict, above: Path | None = None) -
     if above is not None:
         take_over(above, base)
     pipeline = silent_pipeline(configured(base, seed, "contrastive", settings))
-    pipeline.run_to("baselines", redo=True)
+    run_to(pipeline, "baselines", redo=True)
     if not is_finished(base):
         write_jsonl(base / "held_out.jsonl", held_out_rows(pipeline, "sft"))
 
@@ -134,7 +135,7 @@ def run_one(out: Path, base: Path, seed: int, method: str, settings: dict) -> No
     started = time.monotonic()
     take_over(base, out)
     pipeline = silent_pipeline(configured(out, seed, method, settings))
-    pipeline.run_to(method, redo=True)
+    run_to(pipeline, method, redo=True)
     rows = held_out_rows(pipeline, method)
     write_jsonl(out / "held_out.jsonl", rows)
     measured = summary(rows, read_jsonl(base / "held_out.jsonl"))

@@ -27,8 +27,8 @@ from ..engine.files import stream
 from ..engine.forward import Model
 from ..engine.text import Batch
 from ..evaluate import mean_interval
+from ..pipeline.pipeline import Pipeline
 from ..pipeline.plots import finish, plt, smooth
-from ..pipeline.run import Pipeline
 from ..policy import generate
 from .estimators import (
     batch_variance,

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -14,9 +13,7 @@ from ..engine.forward import context_length
 from ..engine.models import load_model, read_model_config
 from ..engine.text import Tokenizer, encode_prompt
 from ..policy import generate
-
-if TYPE_CHECKING:
-    from .run import Pipeline
+from .pipeline import Pipeline
 
 GB = 1e9
 # Which knob lowers the memory of a stage: the one to name when it runs out.
@@ -30,7 +27,7 @@ MEMORY_KNOBS = {
 }
 
 
-def check_run(pipe: "Pipeline", tokenizer: Tokenizer, train_prompts: list[str], eval_prompts: list[str]) -> None:
+def check_run(pipe: Pipeline, tokenizer: Tokenizer, train_prompts: list[str], eval_prompts: list[str]) -> None:
     """Raise UserError for what would stop a later stage."""
     check_batch(pipe.config, train_prompts)
     check_lengths(pipe.config, tokenizer, [*train_prompts, *eval_prompts])
@@ -39,7 +36,7 @@ def check_run(pipe: "Pipeline", tokenizer: Tokenizer, train_prompts: list[str], 
     check_answers(pipe, functions=False)
 
 
-def check_answers(pipe: "Pipeline", functions: bool) -> None:
+def check_answers(pipe: Pipeline, functions: bool) -> None:
     """A reward or judge from outside answers: a user's function (it may have been edited), or a classifier."""
     for spec in sorted({pipe.config.reward.source, pipe.config.eval.judge} - {"train", "reward", "auto", "gold"}):
         if (".py:" in spec) == functions:
@@ -74,7 +71,7 @@ def check_lengths(config: Config, tokenizer: Tokenizer, prompts: list[str]) -> N
         raise UserError(f"{what}: they don't belong together; mend the folder")
 
 
-def check_model(pipe: "Pipeline", tokenizer: Tokenizer) -> None:
+def check_model(pipe: Pipeline, tokenizer: Tokenizer) -> None:
     """The model loads, samples, and can carry a scalar head."""
     name = pipe.config.model.name
     model = load_model(name)

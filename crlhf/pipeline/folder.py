@@ -6,7 +6,6 @@ checked whenever the stage is used, and they alone are deleted when it is redone
 """
 
 import os
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,7 +32,8 @@ def check(out: Path, stages: Iterable[str]) -> None:
     for path in [out / (name + end) for name in stages for end in ("", ".part")] + [out / "figures"]:
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise UserError(f"{path} is a link or a file where a folder of this run goes: move it away")
-        if path.name != "figures" and path.is_dir() and not built_with(path) and any(path.iterdir()):
+        held = {inside.name for inside in path.glob("*")} - {"stage.json.tmp"}  # which a kill may have left
+        if path.name != "figures" and held and not built_with(path):
             raise UserError(f"{path} was not made by this run, or its stage.json is damaged: move or delete it")
 
 
@@ -131,7 +131,14 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a stage's folder, if nothing but what it wrote is in it."""
+    """Delete a stage's folder, if nothing but what it wrote is in it. stage.json goes last: a kill may come between."""
     refuse_foreign(folder)
-    if folder.exists():
-        shutil.rmtree(folder)
+    if not folder.exists():
+        return
+    for path in sorted(folder.rglob("*"), reverse=True):  # what a folder holds comes before the folder itself
+        if path.is_dir():
+            path.rmdir()
+        elif path != folder / "stage.json":
+            path.unlink()
+    (folder / "stage.json").unlink(missing_ok=True)
+    folder.rmdir()

@@ -14,20 +14,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from .. import reviews
 from ..config import METHODS, Config, UserError
-from ..engine.files import read_json, read_jsonl, write_json
-from ..engine.forward import Model
-from ..engine.models import load_model, load_tokenizer, pick_device
-from ..engine.text import Reward, Tokenizer
-from ..engine.training import Job
+from ..engine.files import read_json, write_json
 from . import folder, stages
 from .checks import check_answers, check_batch, check_size, naming_the_knob
-from .output import show
+from .pipeline import Pipeline
 from .report import write_report
-from .rewards import load_function_reward, load_model_reward
 
 DERIVED = ("evaluation",)  # redone without asking when something before them changed
 
@@ -102,130 +94,85 @@ def requirements(plan: dict[str, Stage], name: str) -> set[str]:
 # ------------------------------------------------------------------------------------------------- the run
 
 
-class Pipeline:
-    """A config, a folder, a device, and the stages that turn the one into the other."""
-
-    def __init__(self, config: Config, say: Callable[[str], None] = show) -> None:
-        self.config, self.say, self.folder = config, say, Path(config.run.out)
-        self.device, self.world = pick_device(config.run.device), config.data.dataset == "reviews"
-        if config.run.threads:
-            torch.set_num_threads(config.run.threads)
-
-    def run_to(self, last: str = "all", redo: bool = False) -> None:
-        """Run every stage that `last` builds on, then `last` itself; 'all' runs everything."""
-        check_size(self.config)
-        check_answers(self, functions=True)
-        plan = make_plan(self.config)
-        if last != "all" and last not in plan:
-            raise UserError(f"stage '{last}' is not part of this run: its stages are {', '.join(plan)}")
-        folder.check(self.folder, plan)
-        with folder.lock(self.folder):
-            self.check_stale(plan, redo)
-            write_json(self.folder / "config.json", asdict(self.config))
-            wanted = set(plan) if last == "all" else requirements(plan, last)
-            for name, stage in plan.items():
-                if name in wanted:
-                    self.run_stage(name, stage)
-            if "evaluation" in wanted:
-                self.show_results()
-
-    def run_stage(self, name: str, stage: Stage) -> None:
-        """Reuse a finished stage, or build it: from nothing, or from where it was stopped."""
-        final, part = self.path(name), self.path(f"{name}.part")
-        if folder.is_finished(final, stage.fingerprint):
-            self.say(f"{name}: done before, reused")
-            return
-        folder.begin(part, stage.fingerprint, stage.settings)
-        if (part / "checkpoint.pt").exists():
-            self.say(f"{name}: going on from a checkpoint")
-        started = time.monotonic()
-        with naming_the_knob(name):
-            summary = stage.build(self, part)
-        folder.finish(part, final)
-        self.say(f"{name}: {summary} ({time.monotonic() - started:.0f} s)")
-
-    def check_stale(self, plan: dict[str, Stage], redo: bool) -> None:
-        """Refuse to redo finished stages that were made with other settings, unless that is wanted."""
-        built = {name: folder.built_with(self.path(name)) for name in plan}
-        if folder.is_finished(self.path("data"), plan["data"].fingerprint):
-            check_batch(self.config, self.prompts("train"))
-        stale = [name for name in plan if built[name] and built[name].get("fingerprint") != plan[name].fingerprint]
-        for name in stale:
-            folder.refuse_foreign(self.path(name))
-        stale = [name for name in stale if name not in DERIVED]
-        if not stale:
-            return
-        changed = "; ".join(self.changes(plan, built)[:4]) or "the project itself has changed"
-        if not redo:
-            mend = f"add --redo to redo {', '.join(stale)}, or choose another --out"
-            raise UserError(f"--out {self.folder} holds another config ({changed}): {mend}")
-        self.say(f"changed: {changed}; will redo {', '.join(stale)}")
-
-    def changes(self, plan: dict[str, Stage], built: dict[str, dict]) -> list[str]:
-        """What differs from the folder, for a message: ['ppo.lr was 0.001, is 0.002', 'judge.py has changed']."""
-        try:
-            old = read_json(self.folder / "config.json")
-        except (OSError, ValueError):
-            old = {}
-        new = asdict(self.config)
-        new["run"] = {"seed": self.config.run.seed}
-        found = [
-            f"{group}.{knob} was {old[group][knob]}, is {value}".removeprefix("run.")
-            for group, knobs in new.items()
-            for knob, value in knobs.items()
-            if old.get(group, {}).get(knob, value) != value
-        ]
+def run_to(pipe: Pipeline, last: str = "all", redo: bool = False) -> None:
+    """Run every stage that `last` builds on, then `last` itself; 'all' runs everything."""
+    check_size(pipe.config)
+    check_answers(pipe, functions=True)
+    plan = make_plan(pipe.config)
+    if last != "all" and last not in plan:
+        raise UserError(f"stage '{last}' is not part of this run: its stages are {', '.join(plan)}")
+    folder.check(pipe.folder, plan)
+    with folder.lock(pipe.folder):
+        check_stale(pipe, plan, redo)
+        write_json(pipe.folder / "config.json", asdict(pipe.config))
+        wanted = set(plan) if last == "all" else requirements(plan, last)
         for name, stage in plan.items():
-            before = built[name].get("settings", {}).get("files", [])
-            found += [
-                f"{file[0]} has changed" for file in stage.settings.get("files", []) if before and file not in before
-            ]
-        return found
+            if name in wanted:
+                run_stage(pipe, name, stage)
+        if "evaluation" in wanted:
+            show_results(pipe)
 
-    def show_results(self) -> None:
-        """The report, the table and the samples; written and shown also when the evaluation was done before."""
-        methods = self.config.method_list()
-        summary = read_json(self.path("evaluation") / "summary.json")
-        results = {method: self.rows("evaluation", method) for method in ("sft", *methods)}
-        metrics = {method: self.rows(method, "metrics") for method in methods if method != "dpo"}
-        samples = write_report(self.folder, self.config.run.seed, summary, results, metrics)
-        self.say(f"\n{summary['table']}\n\n{samples}\n")
-        self.say(f"see {self.folder / 'report.md'} and the figures beside it")
 
-    # ------------------------------------------------------------------------------ what stages share
+def run_stage(pipe: Pipeline, name: str, stage: Stage) -> None:
+    """Reuse a finished stage, or build it: from nothing, or from where it was stopped."""
+    final, part = pipe.path(name), pipe.path(f"{name}.part")
+    if folder.is_finished(final, stage.fingerprint):
+        pipe.say(f"{name}: done before, reused")
+        return
+    folder.begin(part, stage.fingerprint, stage.settings)
+    if (part / "checkpoint.pt").exists():
+        pipe.say(f"{name}: going on from a checkpoint")
+    started = time.monotonic()
+    with naming_the_knob(name):
+        summary = stage.build(pipe, part)
+    folder.finish(part, final)
+    pipe.say(f"{name}: {summary} ({time.monotonic() - started:.0f} s)")
 
-    def path(self, stage: str) -> Path:
-        return self.folder / stage
 
-    def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(str(self.path("data") / "tokenizer"))
+def check_stale(pipe: Pipeline, plan: dict[str, Stage], redo: bool) -> None:
+    """Refuse to redo finished stages that were made with other settings, unless that is wanted."""
+    built = {name: folder.built_with(pipe.path(name)) for name in plan}
+    if folder.is_finished(pipe.path("data"), plan["data"].fingerprint):
+        check_batch(pipe.config, pipe.prompts("train"))
+    stale = [name for name in plan if built[name] and built[name].get("fingerprint") != plan[name].fingerprint]
+    for name in stale:
+        folder.refuse_foreign(pipe.path(name))
+    stale = [name for name in stale if name not in DERIVED]
+    if not stale:
+        return
+    changed = "; ".join(changes(pipe, plan, built)[:4]) or "the project itself has changed"
+    if not redo:
+        mend = f"add --redo to redo {', '.join(stale)}, or choose another --out"
+        raise UserError(f"--out {pipe.folder} holds another config ({changed}): {mend}")
+    pipe.say(f"changed: {changed}; will redo {', '.join(stale)}")
 
-    def rows(self, stage: str, file: str) -> list[dict]:
-        return read_jsonl(self.path(stage) / f"{file}.jsonl")
 
-    def prompts(self, which: str) -> list[str]:
-        return [row["prompt"] for row in self.rows("data", f"{which}_prompts")]
+def changes(pipe: Pipeline, plan: dict[str, Stage], built: dict[str, dict]) -> list[str]:
+    """What differs from the folder, for a message: ['ppo.lr was 0.001, is 0.002', 'judge.py has changed']."""
+    try:
+        old = read_json(pipe.folder / "config.json")
+    except (OSError, ValueError):
+        old = {}
+    new = asdict(pipe.config)
+    new["run"] = {"seed": pipe.config.run.seed}
+    found = [
+        f"{group}.{knob} was {old[group][knob]}, is {value}".removeprefix("run.")
+        for group, knobs in new.items()
+        for knob, value in knobs.items()
+        if old.get(group, {}).get(knob, value) != value
+    ]
+    for name, stage in plan.items():
+        before = built[name].get("settings", {}).get("files", [])
+        found += [f"{file[0]} has changed" for file in stage.settings.get("files", []) if before and file not in before]
+    return found
 
-    def model(self, stage: str) -> Model:
-        return load_model(str(self.path(stage))).to(self.device)
 
-    def job(self, name: str, folder: Path | None = None) -> Job:
-        """What every training or sampling function is told."""
-        run, lengths = self.config.run, self.config.data.max_response_tokens
-        return Job(name, folder, run.seed, lengths, run.checkpoint_seconds, run.sampling_batch_size)
-
-    def reward_callable(self, spec: str) -> Reward:
-        """'train', 'gold', FILE.py:FUNCTION or a classifier, as a reward callable."""
-        if spec == "gold":
-            return partial(reviews.gold_reward, max_response_tokens=self.config.data.max_response_tokens)
-        if ".py:" in spec:
-            return load_function_reward(spec)
-        name = str(self.path("reward")) if spec == "train" else spec
-        return load_model_reward(name, self.device, self.config.data.max_response_tokens, self.config.reward.label)
-
-    def noisy_reward(self) -> Reward:
-        """The reward PPO and the baselines see: with the rater's faults in the embedded world."""
-        reward, world = self.reward_callable(self.config.reward.source), self.config.world
-        if not self.world:
-            return reward
-        return reviews.NoisyReward(reward, world.prompt_bias, world.score_noise, self.config.run.seed)
+def show_results(pipe: Pipeline) -> None:
+    """The report, the table and the samples; written and shown also when the evaluation was done before."""
+    methods = pipe.config.method_list()
+    summary = read_json(pipe.path("evaluation") / "summary.json")
+    results = {method: pipe.rows("evaluation", method) for method in ("sft", *methods)}
+    metrics = {method: pipe.rows(method, "metrics") for method in methods if method != "dpo"}
+    samples = write_report(pipe.folder, pipe.config.run.seed, summary, results, metrics)
+    pipe.say(f"\n{summary['table']}\n\n{samples}\n")
+    pipe.say(f"see {pipe.folder / 'report.md'} and the figures beside it")

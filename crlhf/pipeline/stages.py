@@ -6,7 +6,6 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -27,16 +26,14 @@ from ..reward import preference_accuracy, train_reward_model, variance_parts
 from ..sft import train_sft
 from .checks import check_run
 from .data import Corpus, build_corpus, read_rows
+from .pipeline import Pipeline
 from .report import summarise
 from .rewards import ModelReward
-
-if TYPE_CHECKING:
-    from .run import Pipeline
 
 # --------------------------------------------------------------------------------------------------- data
 
 
-def build_data(pipe: "Pipeline", folder: Path) -> str:
+def build_data(pipe: Pipeline, folder: Path) -> str:
     c = pipe.config
     tokenizer = load_tokenizer(c.model.name) if c.model.name != "tiny" else None
     if pipe.world:
@@ -73,7 +70,7 @@ def world_corpus(c: Config) -> Corpus:
 # ----------------------------------------------------------------------------------- models that are learned
 
 
-def build_sft(pipe: "Pipeline", folder: Path) -> str:
+def build_sft(pipe: Pipeline, folder: Path) -> str:
     c, tokenizer = pipe.config, pipe.tokenizer()
     if c.model.name == "tiny":
         ids = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -91,7 +88,7 @@ def losses_in_words(rows: list[dict]) -> str:
     return f"loss {rows[0]['loss']:.2f} -> {rows[-1]['loss']:.2f}" if rows else "no training"
 
 
-def build_preferences(pipe: "Pipeline", folder: Path) -> str:
+def build_preferences(pipe: Pipeline, folder: Path) -> str:
     """The world's raters compare two responses of the SFT policy; a dataset brings its own preferences."""
     wrong = ""
     if pipe.world:
@@ -104,7 +101,7 @@ def build_preferences(pipe: "Pipeline", folder: Path) -> str:
     return f"{len(rows)} pairs to train on, {len(held_out)} held out{wrong}"
 
 
-def labelled_pairs(pipe: "Pipeline") -> tuple[list[dict], list[dict]]:
+def labelled_pairs(pipe: Pipeline) -> tuple[list[dict], list[dict]]:
     """Two responses of the SFT policy to every prompt, compared by the raters: pairs to train on, and held out."""
     world, seed = pipe.config.world, pipe.config.run.seed
     prompts = reviews.make_prompts(
@@ -127,7 +124,7 @@ def labelled_pairs(pipe: "Pipeline") -> tuple[list[dict], list[dict]]:
     return rows, labelled[len(rows) :]
 
 
-def build_reward(pipe: "Pipeline", folder: Path) -> str:
+def build_reward(pipe: Pipeline, folder: Path) -> str:
     c, tokenizer = pipe.config, pipe.tokenizer()
     if c.reward.source != "train":
         pipe.reward_callable(c.reward.source)(["a prompt"], ["a response"])  # fails here rather than mid-PPO
@@ -148,7 +145,7 @@ def build_reward(pipe: "Pipeline", folder: Path) -> str:
 # ---------------------------------------------------------------------------------- contrastive rewards, PPO
 
 
-def build_baselines(pipe: "Pipeline", folder: Path) -> str:
+def build_baselines(pipe: Pipeline, folder: Path) -> str:
     c = pipe.config
     started, prompts = time.monotonic(), pipe.prompts("train")
     prompts = [prompts[i] for i in prompt_order(len(prompts), c.ppo, range(offline_iterations(c)), c.run.seed)]
@@ -173,7 +170,7 @@ def offline_iterations(config: Config) -> int:
     return min(config.contrastive.refresh or config.ppo.iterations, config.ppo.iterations)
 
 
-def build_ppo(pipe: "Pipeline", folder: Path, name: str) -> str:
+def build_ppo(pipe: Pipeline, folder: Path, name: str) -> str:
     """Plain PPO, or PPO with contrastive rewards, fixed or adaptive."""
     c, policy, tokenizer = pipe.config, pipe.model("sft"), pipe.tokenizer()
     ref_policy, critic = frozen_copy(policy), make_critic(pipe, c.ppo.critic, policy.config.hidden_size)
@@ -192,7 +189,7 @@ def build_ppo(pipe: "Pipeline", folder: Path, name: str) -> str:
     return f"{shown} {first:.2f} -> {last:.2f} at KL {metrics[-1]['kl']:.1f} nats"
 
 
-def make_critic(pipe: "Pipeline", kind: str, hidden_size: int) -> nn.Module | None:
+def make_critic(pipe: Pipeline, kind: str, hidden_size: int) -> nn.Module | None:
     """The critic's start: see PPOConfig.critic. It is the same choice for plain and contrastive rewards."""
     if kind == "none":
         return None
@@ -205,7 +202,7 @@ def make_critic(pipe: "Pipeline", kind: str, hidden_size: int) -> nn.Module | No
     return scalar_model(str(pipe.path(stage)), pad_id, zero_head=kind == "zero_head").to(pipe.device)
 
 
-def make_contrastive(pipe: "Pipeline", contrast: str) -> ContrastiveReward:
+def make_contrastive(pipe: Pipeline, contrast: str) -> ContrastiveReward:
     c, baselines = pipe.config, {}
     if c.contrastive.source == "offline":
         baselines = rewards_by_prompt(pipe.rows("baselines", "baselines"), c.ppo)
@@ -219,7 +216,7 @@ def rewards_by_prompt(rows: list[dict], ppo: PPOConfig) -> dict[str, Tensor]:
     return {row["prompt"]: values for row, values in zip(rows, rewards)}
 
 
-def resampler(pipe: "Pipeline") -> Callable:
+def resampler(pipe: Pipeline) -> Callable:
     """(policy, iteration) -> baselines from this policy, for the prompts that come until the next refresh."""
     c, tokenizer, reward, prompts = pipe.config, pipe.tokenizer(), pipe.noisy_reward(), pipe.prompts("train")
 
@@ -237,7 +234,7 @@ def resampler(pipe: "Pipeline") -> Callable:
 # ------------------------------------------------------------------------------------ comparison, evaluation
 
 
-def build_dpo(pipe: "Pipeline", folder: Path) -> str:
+def build_dpo(pipe: Pipeline, folder: Path) -> str:
     policy, tokenizer, preferences = pipe.model("sft"), pipe.tokenizer(), pipe.rows("preferences", "preferences")
     job = pipe.job("dpo", folder)
     rows = train_dpo(policy, frozen_copy(policy), tokenizer, preferences, pipe.config.dpo, job)
@@ -245,7 +242,7 @@ def build_dpo(pipe: "Pipeline", folder: Path) -> str:
     return losses_in_words(rows)
 
 
-def build_evaluation(pipe: "Pipeline", folder: Path) -> str:
+def build_evaluation(pipe: Pipeline, folder: Path) -> str:
     """All methods on the same held-out prompts: rows per method, a summary, report.md and the figures."""
     c, tokenizer = pipe.config, pipe.tokenizer()
     ref_policy, prompts = pipe.model("sft"), pipe.prompts("eval")

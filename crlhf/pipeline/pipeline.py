@@ -1,0 +1,63 @@
+"""What the stages of one run share: its config, folder and device, and what earlier stages left."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from .. import reviews
+from ..config import Config
+from ..engine.files import read_jsonl
+from ..engine.forward import Model
+from ..engine.models import load_model, load_tokenizer, pick_device
+from ..engine.text import Reward, Tokenizer
+from ..engine.training import Job
+from .output import show
+from .rewards import load_function_reward, load_model_reward
+
+
+class Pipeline:
+    """One run: `run.py` turns its config into its folder, stage by stage; `say` receives a line for each."""
+
+    def __init__(self, config: Config, say: Callable[[str], None] = show) -> None:
+        self.config, self.say, self.folder = config, say, Path(config.run.out)
+        self.device, self.world = pick_device(config.run.device), config.data.dataset == "reviews"
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+
+    def path(self, stage: str) -> Path:
+        return self.folder / stage
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(str(self.path("data") / "tokenizer"))
+
+    def rows(self, stage: str, file: str) -> list[dict]:
+        return read_jsonl(self.path(stage) / f"{file}.jsonl")
+
+    def prompts(self, which: str) -> list[str]:
+        return [row["prompt"] for row in self.rows("data", f"{which}_prompts")]
+
+    def model(self, stage: str) -> Model:
+        return load_model(str(self.path(stage))).to(self.device)
+
+    def job(self, name: str, folder: Path | None = None) -> Job:
+        """What every training or sampling function is told."""
+        run, lengths = self.config.run, self.config.data.max_response_tokens
+        return Job(name, folder, run.seed, lengths, run.checkpoint_seconds, run.sampling_batch_size)
+
+    def reward_callable(self, spec: str) -> Reward:
+        """'train', 'gold', FILE.py:FUNCTION or a classifier, as a reward callable."""
+        if spec == "gold":
+            return partial(reviews.gold_reward, max_response_tokens=self.config.data.max_response_tokens)
+        if ".py:" in spec:
+            return load_function_reward(spec)
+        name = str(self.path("reward")) if spec == "train" else spec
+        return load_model_reward(name, self.device, self.config.data.max_response_tokens, self.config.reward.label)
+
+    def noisy_reward(self) -> Reward:
+        """The reward PPO and the baselines see: with the rater's faults in the embedded world."""
+        reward, world = self.reward_callable(self.config.reward.source), self.config.world
+        if not self.world:
+            return reward
+        return reviews.NoisyReward(reward, world.prompt_bias, world.score_noise, self.config.run.seed)
