@@ -447,8 +447,7 @@ def test_a_checkpoint_runs_no_code(fails, out, tmp_path):
     error = fails(stage="sft")
     assert f"{checkpoint} can't be read" in error and "delete it to start this stage again" in error
     assert not trap.exists()
-    torch.load(checkpoint, weights_only=False)
-    assert trap.exists()  # the trap was set
+    assert str(trap).encode() in checkpoint.read_bytes()  # the trap was set
 
 
 def full_disk(*_, **__):

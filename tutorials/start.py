@@ -35,7 +35,7 @@ def tutorial_config(out="runs/tutorial"):
 @cache
 def tutorial_run(last="all"):
     """The finished run, up to stage `last`, as a Pipeline: .model(stage), .tokenizer(), .prompts(which), .rows(...)."""
-    run = Pipeline(tutorial_config(), say=lambda text: None)
+    run = Pipeline(tutorial_config(), log=lambda text: None)
     run_to(run, last, redo=True)
     return run
 

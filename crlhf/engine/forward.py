@@ -80,7 +80,7 @@ class Cache:
 
     def __init__(self, model: Model, prompt_mask: Tensor, n_new: int) -> None:
         (B, P), config = prompt_mask.shape, model.config
-        self.model, self.length, self.used = model, P + n_new, 0
+        self.model, self.length, self.n_columns = model, P + n_new, 0
         self.mask = F.pad(prompt_mask, (0, n_new), value=True)  # (B, L)
         self.position = positions(prompt_mask)  # (B, n) of the tokens that come next
         if is_lean(model):
@@ -92,7 +92,7 @@ class Cache:
 
     def next_logits(self, ids: Tensor) -> Tensor:
         """Read (B, n) new ids and return the logits of the token after them: (B, V)."""
-        mask = self.mask[:, : self.used + ids.shape[1]]
+        mask = self.mask[:, : self.n_columns + ids.shape[1]]
         with autocast(ids.device):
             if is_lean(self.model):
                 states = lean_states(self.model.transformer, ids, mask, self.position, 1, self)
@@ -101,7 +101,7 @@ class Cache:
                 inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": self.position}
                 inputs |= {"past_key_values": self.library, "use_cache": True, "logits_to_keep": 1}
                 logits = self.model(**inputs).logits[:, -1]
-        self.used, self.position = self.used + ids.shape[1], self.position[:, -1:] + 1
+        self.n_columns, self.position = self.n_columns + ids.shape[1], self.position[:, -1:] + 1
         return logits
 
     def repeat(self, k: int) -> None:
@@ -187,17 +187,17 @@ def hiding_mask(mask: Tensor, n: int, length: int, dtype: torch.dtype) -> Tensor
     return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill_(~seen, float("-inf"))
 
 
-def through_block(block: nn.Module, x: Tensor, hidden: Tensor, last: int, store: Tensor | None, used: int) -> Tensor:
+def through_block(block: nn.Module, x: Tensor, hidden: Tensor, last: int, store: Tensor | None, start: int) -> Tensor:
     """One transformer block, of which only the `last` columns are read: (B, n, D) -> (B, last, D).
 
-    store: keys and values of this block's cache, (2, B, heads, L, size), or None; the new ones go behind column `used`.
+    store: keys and values of this block's cache, (2, B, heads, L, size), or None; new ones go from column `start` on.
     """
     B, n, D = x.shape
     heads = block.attn.num_heads
     qkv = linear(norm(x, block.ln_1), block.attn.c_attn).view(B, n, 3, heads, D // heads)
     query, key, value = qkv = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, n, size) each
     if store is not None:
-        store[:, :, :, used : used + n] = qkv[1:]
+        store[:, :, :, start : start + n] = qkv[1:]
     if last < n:
         x, query, hidden = x[:, -last:], query[:, :, -last:], hidden[:, :, -last:]
     if store is None or n > 1:  # a whole text, or a prompt: the new tokens are all there are

@@ -110,7 +110,7 @@ def link(source: str, target: str) -> None:
 
 
 def silent_pipeline(config: Config) -> Pipeline:
-    return Pipeline(config, say=lambda text: None)
+    return Pipeline(config, log=lambda text: None)
 
 
 def open_run(folder: Path) -> Pipeline:

@@ -18,10 +18,10 @@ from .rewards import load_function_reward, load_model_reward
 
 
 class Pipeline:
-    """One run: `run.py` turns its config into its folder, stage by stage; `say` receives a line for each."""
+    """One run: `run.py` turns its config into its folder, stage by stage; `log` receives a line for each."""
 
-    def __init__(self, config: Config, say: Callable[[str], None] = show) -> None:
-        self.config, self.say, self.folder = config, say, Path(config.run.out)
+    def __init__(self, config: Config, log: Callable[[str], None] = show) -> None:
+        self.config, self.log, self.folder = config, log, Path(config.run.out)
         self.device, self.world = pick_device(config.run.device), config.data.dataset == "reviews"
         if config.run.threads:
             torch.set_num_threads(config.run.threads)

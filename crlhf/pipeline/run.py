@@ -53,8 +53,8 @@ def make_plan(c: Config) -> dict[str, Stage]:
     sampled = {**seed, **noise}
     if c.contrastive.source == "offline":
         # prompts that PPO never meets need no baselines: these two numbers say which it meets
-        met = {"iterations": stages.offline_iterations(c), "prompts": c.ppo.batch_size // c.ppo.group_size}
-        settings = {**sampled, **size, **asdict(c.baselines), **met}
+        served = {"iterations": stages.offline_iterations(c), "prompts": c.ppo.batch_size // c.ppo.group_size}
+        settings = {**sampled, **size, **asdict(c.baselines), **served}
         plan["baselines"] = Stage(stages.build_baselines, settings, ("sft", "reward"))
     for name in c.method_list():
         contrastive, needs = {}, ("sft", "reward")
@@ -117,16 +117,16 @@ def run_stage(pipe: Pipeline, name: str, stage: Stage) -> None:
     """Reuse a finished stage, or build it: from nothing, or from where it was stopped."""
     final, part = pipe.path(name), pipe.path(f"{name}.part")
     if folder.is_finished(final, stage.fingerprint):
-        pipe.say(f"{name}: done before, reused")
+        pipe.log(f"{name}: done before, reused")
         return
     folder.begin(part, stage.fingerprint, stage.settings)
     if (part / "checkpoint.pt").exists():
-        pipe.say(f"{name}: going on from a checkpoint")
+        pipe.log(f"{name}: going on from a checkpoint")
     started = time.monotonic()
     with naming_the_knob(name):
         summary = stage.build(pipe, part)
     folder.finish(part, final)
-    pipe.say(f"{name}: {summary} ({time.monotonic() - started:.0f} s)")
+    pipe.log(f"{name}: {summary} ({time.monotonic() - started:.0f} s)")
 
 
 def check_stale(pipe: Pipeline, plan: dict[str, Stage], redo: bool) -> None:
@@ -144,7 +144,7 @@ def check_stale(pipe: Pipeline, plan: dict[str, Stage], redo: bool) -> None:
     if not redo:
         mend = f"add --redo to redo {', '.join(stale)}, or choose another --out"
         raise UserError(f"--out {pipe.folder} holds another config ({changed}): {mend}")
-    pipe.say(f"changed: {changed}; will redo {', '.join(stale)}")
+    pipe.log(f"changed: {changed}; will redo {', '.join(stale)}")
 
 
 def changes(pipe: Pipeline, plan: dict[str, Stage], built: dict[str, dict]) -> list[str]:
@@ -174,5 +174,5 @@ def show_results(pipe: Pipeline) -> None:
     results = {method: pipe.rows("evaluation", method) for method in ("sft", *methods)}
     metrics = {method: pipe.rows(method, "metrics") for method in methods if method != "dpo"}
     samples = write_report(pipe.folder, pipe.config.run.seed, summary, results, metrics)
-    pipe.say(f"\n{summary['table']}\n\n{samples}\n")
-    pipe.say(f"see {pipe.folder / 'report.md'} and the figures beside it")
+    pipe.log(f"\n{summary['table']}\n\n{samples}\n")
+    pipe.log(f"see {pipe.folder / 'report.md'} and the figures beside it")

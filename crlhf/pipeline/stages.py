@@ -55,7 +55,7 @@ def build_data(pipe: Pipeline, folder: Path) -> str:
         write_jsonl(folder / f"{name}.jsonl", getattr(corpus, name))
     tokenizer.save_pretrained(folder / "tokenizer")
     for note in corpus.notes:
-        pipe.say(note)
+        pipe.log(note)
     n_train, n_eval = len(corpus.train_prompts), len(corpus.eval_prompts)
     return f"{len(corpus.demonstrations)} demonstrations, {n_train} prompts to train on, {n_eval} held out"
 
