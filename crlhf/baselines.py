@@ -8,14 +8,13 @@ generations a prompt, once, before PPO starts:
 The rows {prompt, responses, ended, rewards} are kept as baselines.jsonl, which `datasets` loads.
 """
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .config import BaselineConfig
-from .engine.files import append_jsonl, slices, stream, write_jsonl
+from .engine.files import append_jsonl, slices, stream, whole_batches
 from .engine.forward import Model
 from .engine.text import Reward, Tokenizer
 from .engine.training import Job
@@ -46,22 +45,6 @@ def sample_baselines(
         rows += new
         if partial:
             append_jsonl(partial, new)
-    return rows
-
-
-def whole_batches(partial: Path, group: int, prompts: list[str]) -> list[dict]:
-    """Rows of an interrupted sampling, up to the last whole batch of `group` prompts; the file is cut there, too."""
-    rows = []
-    try:
-        for line, prompt in zip(partial.read_bytes().split(b"\n"), prompts):  # bytes: a kill may cut a letter in two
-            row = json.loads(line)
-            if row["prompt"] != prompt:
-                break
-            rows.append(row)
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        pass  # what comes after a line that is not ours is sampled again
-    rows = rows[: len(rows) // group * group]
-    write_jsonl(partial, rows)
     return rows
 
 

@@ -12,18 +12,13 @@ c = 1 is not always the best share. Among r - c * b the variance is least at
     c* = Cov(r, b) / Var(b),   and is then (1 - rho^2) Var(r),
 
 near 1 while the baseline explains the reward, near 0 once it is stale. 'adaptive' follows c* as PPO goes on.
-
-Pure tensor functions first; the running state last.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from .config import ContrastiveConfig, UserError
 
-Resample = Callable[[nn.Module, int], dict[str, Tensor]] | None
 DECAY = 0.9  # of the running moments, per iteration
 
 # ------------------------------------------------------------------------------------------ pure functions
@@ -66,9 +61,8 @@ def best_coefficient(mean_r: float, mean_b: float, mean_rb: float, mean_bb: floa
 def magnitude_scale(mean_abs_raw: float, mean_abs_contrastive: float) -> float:
     """lambda = E|r| / E|r - c b|, which gives the contrastive reward the raw reward's typical size.
 
-    The paper scales by a ratio between running means of the contrastive and the original rewards; its exact
-    formula wasn't available to us, and this is our reading: means of magnitudes. A raw reward with a large
-    constant offset makes lambda large for no good reason.
+    The paper scales by a ratio of running means of both rewards; its exact formula wasn't available to us, and this is
+    our reading. A raw reward with a large constant offset makes lambda large for no good reason.
     """
     return mean_abs_raw / mean_abs_contrastive if mean_abs_contrastive > 1e-8 else 1.0
 
@@ -97,19 +91,11 @@ class ContrastiveReward:
     and the prompts of a batch come in groups of group_size. adaptive: follow c* from exponentially
     decaying moments over batches, instead of config.coefficient. The current batch enters the moments first,
     so the very first batch has a coefficient; with B rewards that correlates c with one reward by order 1/B.
-    resample: callable (policy, iteration) -> new baselines for the prompts that come next, every config.refresh.
     """
 
-    def __init__(
-        self,
-        baselines: dict,
-        config: ContrastiveConfig,
-        adaptive: bool = False,
-        group_size: int = 1,
-        resample: Resample = None,
-    ) -> None:
-        self.baselines, self.config, self.adaptive = baselines, config, adaptive
-        self.group_size, self.resample = group_size, resample
+    def __init__(self, baselines: dict, config: ContrastiveConfig, adaptive: bool = False, group_size: int = 1) -> None:
+        self.baselines, self.config, self.adaptive, self.group_size = baselines, config, adaptive, group_size
+        self.resample = None  # (policy, iteration) -> new baselines for the prompts that come next: see `refresh`
         self.coefficient, self.scale = config.coefficient, 1.0
         self.origin = None  # means of r and b in the first batch: far from them the moments would lose their digits
         self.moments, self.sizes = None, None  # decaying means of (r, b, rb, bb) and of (|r|, |r - c b|)
@@ -147,10 +133,8 @@ class ContrastiveReward:
             self.baselines |= self.resample(policy, iteration)
 
     def state_dict(self) -> dict:
-        names = ["coefficient", "scale", "origin", "moments", "sizes", "spread"]
-        if self.config.refresh:
-            names.append("baselines")
-        return {name: getattr(self, name) for name in names}
+        names = ["coefficient", "scale", "origin", "moments", "sizes", "spread", "baselines"]
+        return {name: getattr(self, name) for name in (names if self.config.refresh else names[:-1])}
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)

@@ -146,7 +146,8 @@ def test_new_baselines_come_every_so_many_iterations():
         return {"a": torch.tensor([float(iteration)])}
 
     config, baselines = ContrastiveConfig(refresh=3), {"a": torch.tensor([0.5]), "b": torch.tensor([0.25])}
-    reward = C.ContrastiveReward(baselines, config, resample=resample)
+    reward = C.ContrastiveReward(baselines, config)
+    reward.resample = resample
     for iteration in range(8):
         reward.refresh(None, iteration)
     assert asked == [3, 6] and reward.baseline_of(["a", "b"]).tolist() == [6.0, 0.25]

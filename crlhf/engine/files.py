@@ -76,6 +76,22 @@ def read_jsonl(path: str | Path) -> list[dict]:
         raise UserError(f"{path} is missing or damaged ({error}): {mend}") from None
 
 
+def whole_batches(partial: Path, group: int, prompts: list[str]) -> list[dict]:
+    """Rows {prompt, ...} of an interrupted sampling, up to the last whole batch of `group` prompts; cuts the file there."""
+    rows = []
+    try:
+        for line, prompt in zip(partial.read_bytes().split(b"\n"), prompts):  # bytes: a kill may cut a letter in two
+            row = json.loads(line)
+            if row["prompt"] != prompt:
+                break
+            rows.append(row)
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        pass  # what comes after a line that is not ours is sampled again
+    rows = rows[: len(rows) // group * group]
+    write_jsonl(partial, rows)
+    return rows
+
+
 def first_line(error: Exception) -> str:
     """What a library's error says, fit for one line of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(". ")
