@@ -77,7 +77,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
 
 def whole_batches(partial: Path, group: int, prompts: list[str]) -> list[dict]:
-    """Rows {prompt, ...} of an interrupted sampling, up to the last whole batch of `group` prompts; cuts the file there."""
+    """Rows {prompt, ...} of an interrupted sampling, up to the last whole batch; cuts the file there."""
     rows = []
     try:
         for line, prompt in zip(partial.read_bytes().split(b"\n"), prompts):  # bytes: a kill may cut a letter in two
