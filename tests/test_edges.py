@@ -352,28 +352,20 @@ def test_nothing_is_written_through_a_link(copied, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "damage",
+    "file, contents",
     [
-        lambda path: path.unlink(),
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(b"\xff\xfe{}\n"),
-        lambda path: path.write_text("{}\n"),
-        lambda path: path.write_text("3\n"),
+        ("data/train_prompts.jsonl", None),
+        ("data/tokenizer/tokenizer.json", b"{}\n"),
+        ("sft/model.safetensors", b""),
+        ("baselines/baselines.jsonl", b"\xff\xfe{}\n"),
+        ("ppo/metrics.jsonl", b"3\n"),
+        ("evaluation/summary.json", b"{}\n"),
     ],
 )
-@pytest.mark.parametrize(
-    "file",
-    [
-        "data/train_prompts.jsonl",
-        "sft/model.safetensors",
-        "baselines/baselines.jsonl",
-        "evaluation/summary.json",
-        "ppo/metrics.jsonl",
-        "data/tokenizer/tokenizer.json",
-    ],
-)
-def test_damaged_files_of_finished_stages_are_named(file, damage, copied, capsys):
-    damage(copied / file)
+def test_damaged_files_of_finished_stages_are_named(file, contents, copied, capsys):
+    (copied / file).unlink()
+    if contents is not None:
+        (copied / file).write_bytes(contents)
     assert run(copied) == 2
     error = capsys.readouterr().err
     assert file in error and f"delete the folder {copied / file.split('/')[0]} and run" in error
