@@ -197,6 +197,7 @@ ONE = (
     "--demonstrations 64 --pairs 60 --eval-prompts 8 --sft-epochs 1 --reward-epochs 1 --model-width 16 --model-heads 2 "
     "--model-layers 1 --threads 1 --device cpu"
 ).split()
+FEW = "--train-prompts 8 --ppo-batch-size 4 --ppo-iterations 1 --methods ppo".split()
 
 
 def test_baselines_are_sampled_again_when_other_prompts_are_met(tmp_path):
@@ -214,19 +215,8 @@ def write(path, text):
 def test_edited_judges_and_rewards_redo_what_they_must_and_no_more(tmp_path, capsys):
     judge, reward = tmp_path / "judge.py", tmp_path / "reward.py"
     code = "def score(prompts, responses):\n    return [float(len(response)) for response in responses]\n"
-    run = [
-        *ONE,
-        "--out",
-        str(tmp_path / "run"),
-        "--train-prompts",
-        "8",
-        "--ppo-batch-size",
-        "4",
-        "--ppo-iterations",
-        "1",
-    ]
-    run += ["--methods", "ppo", "--judge", write(judge, code), "--reward", write(reward, code)]
-    run += ["--ppo-critic", "zero_head"]
+    run = [*ONE, *FEW, "--out", str(tmp_path / "run")]
+    run += ["--judge", write(judge, code), "--reward", write(reward, code), "--ppo-critic", "zero_head"]
     assert main(run) == 0
     capsys.readouterr()
     write(judge, code.replace("float(", "-float("))
@@ -245,18 +235,8 @@ def test_edited_judges_and_rewards_redo_what_they_must_and_no_more(tmp_path, cap
 
 def test_weights_that_change_inside_a_reward_folder_are_noticed(tmp_path, capsys):
     classifier = str(model_folder(tmp_path / "classifier", labels=1))
-    run = [
-        *ONE,
-        "--out",
-        str(tmp_path / "run"),
-        "--train-prompts",
-        "8",
-        "--ppo-batch-size",
-        "4",
-        "--ppo-iterations",
-        "1",
-    ]
-    run += ["--methods", "ppo", "--reward", classifier, "--ppo-critic", "zero_head"]
+    run = [*ONE, *FEW, "--out", str(tmp_path / "run")]
+    run += ["--reward", classifier, "--ppo-critic", "zero_head"]
     assert main(["reward", *run]) == 0
     weights = tmp_path / "classifier" / "model.safetensors"
     os.utime(weights, ns=(0, 0))
