@@ -23,7 +23,7 @@ from crlhf.config import Config, UserError
 from crlhf.engine import hub, training
 from crlhf.engine.models import load_model
 from crlhf.engine.tokenizers import word_tokenizer
-from crlhf.pipeline import folder
+from crlhf.pipeline import checks, folder
 from crlhf.pipeline.options import options
 from crlhf.pipeline.rewards import load_function_reward
 from crlhf.reviews import WORDS
@@ -480,3 +480,14 @@ def test_kills_while_a_stage_begins_or_is_taken_away(copied):
             path.unlink()
     assert run(copied, "--methods", "ppo,dpo", "--ppo-lr", "2e-3", "--redo") == 0
     assert not list(copied.glob("*.part"))
+
+
+def test_only_what_a_run_does_has_to_fit(monkeypatch):
+    """A batch for DPO that is far too large is no reason to refuse a run of PPO."""
+    config = Config()
+    config.dpo.batch_size = 100_000
+    monkeypatch.setattr(checks, "total_memory", lambda: 8e9)
+    checks.check_size(config)
+    config.run.methods = "ppo,dpo"
+    with pytest.raises(UserError, match="--dpo-batch-size 100000 needs at least .* use [0-9]+ or less"):
+        checks.check_size(config)

@@ -107,8 +107,10 @@ def check_size(config: Config) -> None:
     )
     refuse(config.baselines.k * cached, available, "--k", config.baselines.k, 1.0)
     refuse(config.sft.batch_size * row, available, "--sft-batch-size", config.sft.batch_size, 1.0)
-    refuse(2 * config.reward.batch_size * row, available, "--reward-batch-size", config.reward.batch_size, 1.0)
-    refuse(2 * config.dpo.batch_size * row, available, "--dpo-batch-size", config.dpo.batch_size, 1.0)
+    if config.reward.source == "train":
+        refuse(2 * config.reward.batch_size * row, available, "--reward-batch-size", config.reward.batch_size, 1.0)
+    if "dpo" in config.method_list():
+        refuse(2 * config.dpo.batch_size * row, available, "--dpo-batch-size", config.dpo.batch_size, 1.0)
     refuse(ppo * row, available, "--ppo-micro-batch-size", ppo, 1.0)
 
 
