@@ -27,10 +27,10 @@ def run(arguments: list[str]) -> None:
         from .bench.benchmark import main as run_benchmark
 
         run_benchmark(others)
-    elif arguments == ["memory"]:
+    elif command == "memory":
         from .bench.memory import main as show_memory
 
-        show_memory()
+        show_memory(others)
     else:
         stage, redo, config = parse(arguments)
         from .pipeline.pipeline import Pipeline

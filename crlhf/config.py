@@ -39,11 +39,17 @@ def knob(default: Any, text: str, low: float | None = None, high: float | None =
 class RunConfig:
     out: str = knob("runs/reviews", "folder that receives every artefact of the run")
     seed: int = knob(0, "one seed fixes everything", 0, 2**63 - 1)
-    device: str = knob("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = knob("auto", "where to compute ('tiny' is quickest on a CPU)", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = knob(
+        "auto", "of matrix products: bf16 where a GPU has it, else fp32", choices=("auto", "fp32", "bf16")
+    )
     methods: str = knob("ppo,contrastive,adaptive", f"what to train, comma separated, from {', '.join(METHODS)}")
     checkpoint_seconds: float = knob(20.0, "least time between two checkpoints of a stage (0: every step)", 0, 1e6)
     threads: int = knob(0, "CPU threads (0: as many as torch chooses)", 0, 256)
-    sampling_batch_size: int = knob(256, "responses sampled at once, outside of PPO", 1, 100_000)
+    sampling_batch_size: int = knob(256, "responses sampled, or scored, at once", 1, 100_000)
+    micro_batch_size: int = knob(
+        0, "rows of one forward and backward pass, to save memory (0: of a whole step)", 0, 100_000
+    )
 
 
 @dataclass
@@ -67,6 +73,7 @@ class DataConfig:
     split: str = knob("train", "split of a Hugging Face dataset")
     preferred: str = knob("", "column with the index of the better response, where there are several (PKU-SafeRLHF)")
     max_rows: int = knob(0, "read at most this many rows (0: all)", 0, 10**9)
+    eval_dataset: str = knob("", "held-out rows, as for --dataset, instead of a share of it")
     eval_fraction: float = knob(0.1, "share of a dataset's prompts that is held out", 0.001, 0.9)
     prompt_words: int = knob(8, "plain text: this many first words become the prompt", 1, 10_000)
     max_prompt_tokens: int = knob(64, "rows with a longer prompt are dropped, and counted", 1, 100_000)
@@ -88,7 +95,7 @@ class ModelConfig:
 class SFTConfig:
     epochs: float = knob(5.0, "passes over the demonstrations", 0, 1_000)
     batch_size: int = knob(64, "demonstrations a step", 1, 100_000)
-    lr: float = knob(4e-3, "peak learning rate (a pretrained model wants about 1e-5)", 0, 1)
+    lr: float = knob(4e-3, "peak learning rate", 0, 1)
 
 
 @dataclass
@@ -97,7 +104,10 @@ class RewardConfig:
     label: str = knob("", "classifier with several classes: the class whose log-odds are the reward")
     epochs: float = knob(3.0, "passes over the preference pairs", 0, 1_000)
     batch_size: int = knob(32, "pairs a step", 1, 100_000)
-    lr: float = knob(2e-3, "peak learning rate (a pretrained model wants about 1e-5)", 0, 1)
+    lr: float = knob(2e-3, "peak learning rate", 0, 1)
+    head_lr: float = knob(2e-3, "peak learning rate of the new head", 0, 1)
+    normalize: str = knob("auto", "divide by the scores' standard deviation on SFT responses (auto: with a --dataset)",
+                          choices=("auto", "yes", "no"))  # fmt: skip
     center_coef: float = knob(0.01, "weight of (r_chosen + r_rejected)^2, which keeps rewards near zero", 0, 100)
 
 
@@ -129,9 +139,8 @@ class PPOConfig:
     group_size: int = knob(1, "responses per prompt in a rollout batch; must divide the batch size", 1, 10_000)
     epochs: int = knob(2, "passes over each rollout batch", 1, 1_000)
     minibatches: int = knob(4, "gradient steps a pass; must divide the batch size", 1, 10_000)
-    micro_batch_size: int = knob(0, "rows per forward pass, to save memory (0: the whole minibatch)", 0, 100_000)
     recompute_activations: bool = knob(False, "keep only what enters each block for the backward pass: less memory")
-    lr: float = knob(1e-3, "learning rate of the policy, falls linearly to 0 (GPT-2 wants about 1e-5)", 0, 1)
+    lr: float = knob(1e-3, "learning rate of the policy, falls linearly to 0", 0, 1)
     critic_lr: float = knob(1e-3, "learning rate of the critic", 0, 1)
     kl_coef: float = knob(0.05, "price of one nat of divergence from the SFT policy, per token", 0, 1e3)
     lam: float = knob(0.95, "lambda of generalised advantage estimation", 0, 1)
@@ -148,13 +157,24 @@ class PPOConfig:
 class DPOConfig:
     epochs: float = knob(2.0, "passes over the preference pairs", 0, 1_000)
     batch_size: int = knob(64, "pairs a step", 1, 100_000)
-    lr: float = knob(3e-3, "peak learning rate (a pretrained model wants about 1e-6)", 0, 1)
+    lr: float = knob(3e-3, "peak learning rate", 0, 1)
     beta: float = knob(0.03, "price of one nat of divergence from the SFT policy", 1e-9, 1e3)
 
 
 @dataclass
 class EvalConfig:
     judge: str = knob("auto", "who decides: 'auto' (gold where known, else reward), or as for --reward")
+
+
+# What a pretrained --model gets where the command line says nothing: the defaults above are the tiny model's.
+PRETRAINED = {
+    "run": {"sampling_batch_size": 64, "micro_batch_size": 8},
+    "data": {"max_prompt_tokens": 256, "max_response_tokens": 128},
+    "sft": {"epochs": 1.0, "batch_size": 16, "lr": 2e-5},
+    "reward": {"epochs": 1.0, "batch_size": 16, "lr": 2e-5},
+    "ppo": {"iterations": 200, "lr": 3e-6, "critic_lr": 1e-5},
+    "dpo": {"epochs": 1.0, "batch_size": 16, "lr": 1e-6, "beta": 0.1},
+}
 
 
 @dataclass
@@ -170,6 +190,15 @@ class Config:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @classmethod
+    def for_model(cls, name: str) -> "Config":
+        """The defaults for a model: 'tiny', or a pretrained one."""
+        config = cls(model=ModelConfig(name=name))
+        for group, knobs in PRETRAINED.items() if name != "tiny" else ():
+            for knob_name, value in knobs.items():
+                setattr(getattr(config, group), knob_name, value)
+        return config
 
     def method_list(self) -> list[str]:
         return [name.strip() for name in self.run.methods.split(",") if name.strip()]

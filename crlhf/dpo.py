@@ -35,7 +35,7 @@ def train_dpo(
 ) -> list[dict]:
     """Train `policy` in place on rows {prompt, chosen, rejected}. Returns the metrics of every step."""
 
-    def loss_of(rows: list[dict]) -> tuple[Tensor, dict]:
+    def loss_of(rows: list[dict]) -> dict[str, Tensor]:
         prompts = [row["prompt"] for row in rows]
         responses = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
         batch = make_batch(tokenizer, prompts * 2, responses, job.max_response_tokens).to(policy.device)
@@ -43,6 +43,7 @@ def train_dpo(
             ref_chosen, ref_rejected = sequence_log_probs(ref_policy, batch).chunk(2)
         chosen, rejected = sequence_log_probs(policy, batch).chunk(2)
         loss, margins = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta)
-        return loss, {"accuracy": (margins > 0).float().mean(), "margin": margins.mean()}
+        n_pairs = torch.ones_like(margins).sum()
+        return {"loss": loss * n_pairs, "count": n_pairs, "accuracy": (margins > 0).sum(), "margin": margins.sum()}
 
     return fit(policy, preferences, loss_of, config, job, warmup=0.1)

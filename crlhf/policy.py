@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .engine.forward import Cache, Model, hidden_states, logits_and_states
-from .engine.text import Batch, Tokenizer, decode, ended, pad_prompts
+from .engine.forward import Cache, Model, hidden_states, in_fp32, logits_and_states, sampling
+from .engine.text import Batch, Tokenizer, decode, pad_prompts
 
 # ------------------------------------------------------------------------------- log-probabilities, values
 
@@ -27,15 +27,20 @@ def response_logits(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
     return logits_and_states(model, ids[:, :-1], mask[:, :-1], last=batch.response_ids.shape[1])
 
 
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature, without a copy of them where that changes nothing."""
+    return logits if temperature == 1.0 else logits / temperature
+
+
 def log_probs_of(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) at `ids`: (B, T, V), (B, T) -> (B, T)."""
-    logits = logits.float() / temperature
+    logits = tempered(logits, temperature)
     return -F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
 
 
 def entropy_of(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Entropy in nats of softmax(logits / temperature): (B, T, V) -> (B, T)."""
-    log_probs = torch.log_softmax(logits.float() / temperature, -1)
+    log_probs = torch.log_softmax(tempered(logits, temperature), -1)
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
@@ -49,71 +54,81 @@ def response_values(critic: Model, batch: Batch) -> Tensor:
     """V(x, y_<t), the critic's prediction before each response token is chosen: (B, T)."""
     ids, mask = batch.ids_and_mask()
     states = hidden_states(critic, ids[:, :-1], mask[:, :-1], last=batch.response_ids.shape[1])
-    return critic.score(states.float()).squeeze(-1)
+    return in_fp32(critic.score, states).squeeze(-1)
 
 
 # ------------------------------------------------------------------------------------------------ sampling
 
 
-def next_token(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """Draw one token a row by inverting the distribution function: (B, V) logits, (B,) uniforms -> (B,) ids.
+def next_token(logits: Tensor, noise: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+    """Draw one token a row by a race: (B, V) logits, (B, V) exponential noise, -log of uniforms -> (B,) ids.
+
+    Token v arrives after E_v / p_v, and the first one wins, which is v with probability p_v: the Gumbel-max trick,
+    since -log E is a Gumbel variable. Two policies that share the noise and hardly differ draw the same token almost
+    always ("common random numbers"). Inverting the distribution function would draw from p as well, but there every
+    small change of one probability moves the borders of all tokens behind it.
 
     Nucleus sampling (Holtzman et al. 2020) keeps the smallest set of likeliest tokens whose probability
     reaches top_p. The likeliest token always stays.
     """
-    probs = torch.softmax(logits.float() / temperature, -1)
+    logits = tempered(logits, temperature)
     if top_p < 1.0:
-        sorted_probs, order = probs.sort(-1, descending=True)
-        before = sorted_probs.cumsum(-1) - sorted_probs  # probability of all likelier tokens
-        probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs.masked_fill(before >= top_p, 0.0))
-    cumulative = probs.cumsum(-1)
-    token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
-    return token.clamp(max=logits.shape[-1] - 1)
+        probs, order = torch.softmax(logits, -1).sort(-1, descending=True)
+        before = probs.cumsum(-1) - probs  # probability of all likelier tokens
+        logits = logits.masked_fill((before >= top_p).gather(-1, order.argsort(-1)), float("-inf"))
+    return (logits - noise.log()).argmax(-1)
 
 
-@torch.no_grad()
 def sample(
     model: Model,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    uniforms: Tensor,
-    eos_id: int,
-    pad_id: int,
+    tokenizer: Tokenizer,
+    prompts: tuple[Tensor, Tensor],
+    max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+    generator: torch.Generator | None = None,
+    k: int = 1,
+) -> Batch:
     """Sample k responses per prompt with a key-value cache; a row stops at its EOS.
 
-    prompt_ids, prompt_mask: (B, P), left-padded. uniforms: (B * k, T), one number in [0, 1) for each token that
-    may be drawn, so that what a row draws depends on no other row. Returns (response_ids, response_mask), each
-    with B * k rows, those of one prompt together, and as many columns, at most T, as the longest response has.
+    prompts: (B, P) left-padded ids and their mask. Returns B * k rows, those of one prompt together, with as many
+    response columns as the longest response has. Every step draws noise for all rows, also those that have ended, so
+    what a row draws depends on no other row.
     """
-    B, (N, T), device = len(prompt_ids), uniforms.shape, prompt_ids.device
-    response_ids = torch.full((N, T), pad_id, device=device)
-    response_mask = torch.zeros(N, T, dtype=torch.bool, device=device)
+    (prompt_ids, prompt_mask), eos_id, pad_id = prompts, tokenizer.eos_token_id, tokenizer.pad_token_id
+    N, device = len(prompt_ids) * k, prompt_ids.device
+    response_ids = torch.full((N, max_new_tokens), pad_id, device=device)
+    response_mask = torch.zeros(N, max_new_tokens, dtype=torch.bool, device=device)
     rows = torch.arange(N, device=device)  # which responses are still being written
     alive = torch.ones(N, dtype=torch.bool, device=device)  # and of these, which have not ended
-    with torch.inference_mode():  # tensors that autograd will never ask for take less time to make
-        cache = Cache(model, prompt_mask, T)
-        logits = cache.next_logits(prompt_ids).repeat_interleave(N // B, 0)  # k responses share their prompt's pass
-        if N > B:
-            cache.repeat(N // B)
-        for t in range(T):
-            token = next_token(logits, uniforms[:, t], temperature, top_p)
+    with sampling(model):
+        cache = Cache(model, prompt_mask, max_new_tokens)
+        logits = cache.next_logits(prompt_ids).repeat_interleave(k, 0)  # k responses share their prompt's pass
+        if k > 1:
+            cache.repeat(k)
+        for t in range(max_new_tokens):
+            noise = torch.rand(N, logits.shape[1], device=device, generator=generator).log_().neg_()
+            token = next_token(logits, noise if len(rows) == N else noise[rows], temperature, top_p)
             response_ids[rows, t] = torch.where(alive, token, pad_id)
             response_mask[rows, t] = alive
             alive = alive & (token != eos_id)
-            # asking a GPU makes it wait, and leaving copies the cache: not every step, not for a few rows
-            if t % 4 == 3 and 3 * (n_alive := int(alive.sum())) <= 2 * len(rows):
-                if n_alive == 0:
+            keep = rows_that_go_on(alive, len(rows)) if t % 4 == 3 else None  # to ask a GPU makes it wait
+            if keep is not None:
+                if len(keep) == 0:
                     break
-                keep = alive.nonzero().squeeze(1)
                 cache.keep(keep)
-                rows, alive, token, uniforms = rows[keep], alive[keep], token[keep], uniforms[keep]
-            if t + 1 < T:
+                rows, alive, token = rows[keep], alive[keep], token[keep]
+            if t + 1 < max_new_tokens:
                 logits = cache.next_logits(token[:, None])
     longest = int(response_mask.any(0).sum())
-    return response_ids[:, :longest], response_mask[:, :longest]
+    prompts = prompt_ids.repeat_interleave(k, 0), prompt_mask.repeat_interleave(k, 0)
+    return Batch(*prompts, response_ids[:, :longest], response_mask[:, :longest])
+
+
+def rows_that_go_on(alive: Tensor, n_rows: int) -> Tensor | None:
+    """Numbers of the rows that are still alive; None while too few have ended for copying the cache to pay."""
+    keep = alive.nonzero().squeeze(1)
+    return keep if 3 * len(keep) <= 2 * n_rows else None
 
 
 def generate(
@@ -126,10 +141,8 @@ def generate(
     generator: torch.Generator | None = None,
     k: int = 1,
 ) -> tuple[list[str], Tensor, Batch]:
-    """B prompt texts -> (B * k response texts, (B * k,) bool: did it end by EOS, the Batch of ids)."""
-    prompt_ids, prompt_mask = (tensor.to(model.device) for tensor in pad_prompts(tokenizer, prompts))
-    uniforms = torch.rand(len(prompts) * k, max_new_tokens, generator=generator, device=model.device)
-    ids = tokenizer.eos_token_id, tokenizer.pad_token_id
-    responses = sample(model, prompt_ids, prompt_mask, uniforms, *ids, temperature, top_p)
-    batch = Batch(prompt_ids.repeat_interleave(k, 0), prompt_mask.repeat_interleave(k, 0), *responses)
-    return decode(tokenizer, *responses), ended(batch, tokenizer.eos_token_id), batch
+    """B prompt texts -> (B * k response texts, (B * k,) bool on the CPU: did it end by EOS, the Batch of ids)."""
+    padded = tuple(tensor.to(model.device) for tensor in pad_prompts(tokenizer, prompts))
+    batch = sample(model, tokenizer, padded, max_new_tokens, temperature, top_p, generator, k)
+    ids = batch.response_ids.masked_fill(~batch.response_mask, -1).cpu()  # ids and mask in one transfer
+    return decode(tokenizer, ids, ids >= 0), (ids == tokenizer.eos_token_id).any(1), batch

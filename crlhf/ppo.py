@@ -23,8 +23,8 @@ from .config import PPOConfig
 from .contrastive import ContrastiveReward
 from .engine import training
 from .engine.files import stream
-from .engine.forward import Model
-from .engine.text import Batch, Reward, Tokenizer
+from .engine.forward import Model, in_fp32
+from .engine.text import Batch, Reward, Tokenizer, join
 from .engine.training import Checkpoint, Job
 from .policy import entropy_of, generate, log_probs_of, response_log_probs, response_logits, response_values
 
@@ -131,6 +131,14 @@ class Models:
 
 
 @dataclass
+class Piece:
+    """Rows of a rollout that go through the models together, without the columns that are padding in all of them."""
+
+    rows: Tensor  # their numbers, on the models' device
+    batch: Batch
+
+
+@dataclass
 class Rollout:
     """What one rollout gives PPO, from sampling to loss. B responses, T columns."""
 
@@ -138,6 +146,7 @@ class Rollout:
     responses: list[str]
     has_ended: Tensor  # (B,) bool, on the CPU: EOS was emitted
     batch: Batch  # prompts (B, P) and responses (B, T), with masks
+    minibatches: list[list[Piece]]  # random rows in each; more than one piece to save memory
     log_probs: Tensor  # (B, T) under the policy that sampled
     ref_log_probs: Tensor  # (B, T) under the SFT policy
     values: Tensor  # (B, T)
@@ -152,41 +161,56 @@ def policy_outputs(models: Models, batch: Batch, temperature: float) -> tuple[Te
     if models.critic is None:
         values = torch.zeros(batch.response_ids.shape, device=logits.device)
     elif isinstance(models.critic, nn.Linear):
-        values = models.critic(hidden.float()).squeeze(-1)
+        values = in_fp32(models.critic, hidden).squeeze(-1)
     else:
         values = response_values(models.critic, batch)
     return log_probs_of(logits, batch.response_ids, temperature), values, logits
 
 
+def cut(batch: Batch, config: PPOConfig, micro_batch_size: int, generator: torch.Generator) -> list[list[Piece]]:
+    """Random minibatches of a rollout, each in pieces of micro_batch_size rows (0: in one), short rows first."""
+    lengths, minibatches = batch.prompt_mask.sum(1) + batch.response_mask.sum(1), []
+    order = torch.randperm(len(batch), generator=generator).to(lengths.device)
+    for rows in order.split(len(batch) // config.minibatches):
+        rows = rows[lengths[rows].argsort()]
+        minibatches.append([Piece(some, batch[some]) for some in rows.split(micro_batch_size or len(rows))])
+    return minibatches
+
+
 @torch.no_grad()
-def collect_rollout(
-    models: Models, prompts: list[str], config: PPOConfig, max_response_tokens: int, generator: torch.Generator
-) -> Rollout:
+def collect_rollout(models: Models, prompts: list[str], config: PPOConfig, job: Job, iteration: int) -> Rollout:
     """Sample one response per prompt and evaluate policy, reference and critic on it, once each.
 
-    The log-probs are recomputed in one pass over the finished responses instead of kept from sampling, so
-    that they and the update's come from the same arithmetic and the first ratio is 1.
+    The rollout is cut into minibatches here, and log-probs are computed piece by piece, as `update` will do: old and
+    new ones then come from the same arithmetic, and the first ratio is exactly 1. Products of other shapes round
+    otherwise: kept from sampling, or computed in one go, bf16's old log-probs would be off by up to a tenth.
     """
-    responses, has_ended, batch = generate(
-        models.policy, models.tokenizer, prompts, max_response_tokens, config.temperature, generator=generator
-    )
-    pieces = []
-    for rows in torch.arange(len(batch)).split(config.micro_batch_size or len(batch)):
-        piece = Batch(*(tensor[rows] for tensor in vars(batch).values()))  # untrimmed: pieces are joined again
-        log_probs, values, logits = policy_outputs(models, piece, config.temperature)
-        ref_log_probs = response_log_probs(models.ref_policy, piece, config.temperature)
-        pieces.append(torch.stack([log_probs, ref_log_probs, values, entropy_of(logits, config.temperature)]))
-    return Rollout(prompts, responses, has_ended.cpu(), batch, *torch.cat(pieces, 1))
+    generator = stream(job.seed, "ppo rollout", iteration, device=models.policy.device)
+    texts = []
+    for first in range(0, len(prompts), job.sampling_batch_size):
+        some, limits = prompts[first : first + job.sampling_batch_size], (job.max_response_tokens, config.temperature)
+        texts.append(generate(models.policy, models.tokenizer, some, *limits, generator=generator))
+    responses, has_ended, batches = zip(*texts)
+    batch = join(batches, models.tokenizer.pad_token_id)
+    minibatches = cut(batch, config, job.micro_batch_size, stream(job.seed, "ppo minibatches", iteration))
+    outputs = torch.zeros(4, *batch.response_ids.shape, device=batch.response_ids.device)
+    for piece in (piece for minibatch in minibatches for piece in minibatch):
+        log_probs, values, logits = policy_outputs(models, piece.batch, config.temperature)
+        entropy = entropy_of(logits, config.temperature)
+        del logits  # before the reference makes as many
+        ref_log_probs = response_log_probs(models.ref_policy, piece.batch, config.temperature)
+        T = log_probs.shape[1]
+        outputs[:, piece.rows, :T] = torch.stack([log_probs, ref_log_probs, values, entropy])
+    return Rollout(prompts, sum(responses, []), torch.cat(has_ended), batch, minibatches, *outputs)
 
 
 # ----------------------------------------------------------------------------------------------- the update
 
 
-def minibatch_loss(models: Models, rollout: Rollout, rows: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
-    """Loss of some rows, summed over their tokens, and (4,) statistics. Both models see trimmed columns."""
-    piece = rollout.batch[rows]
-    T, mask = piece.response_ids.shape[1], piece.response_mask
-    log_probs, values, _ = policy_outputs(models, piece, config.temperature)
+def piece_loss(models: Models, rollout: Rollout, piece: Piece, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """Loss of some rows, summed over their tokens, and (4,) statistics."""
+    rows, mask, T = piece.rows, piece.batch.response_mask, piece.batch.response_ids.shape[1]
+    log_probs, values, _ = policy_outputs(models, piece.batch, config.temperature)
     old_log_probs, old_values = rollout.log_probs[rows, :T], rollout.values[rows, :T]
     advantages, returns = rollout.advantages[rows, :T], rollout.returns[rows, :T]
     pg_loss, n_clipped = policy_loss(log_probs, old_log_probs, advantages, mask, config.clip_range)
@@ -200,27 +224,28 @@ def minibatch_loss(models: Models, rollout: Rollout, rows: Tensor, config: PPOCo
 def update(
     models: Models, optimizers: list, lrs: list[float], rollout: Rollout, config: PPOConfig, generator: torch.Generator
 ) -> dict[str, float]:
-    """A few passes over the rollout in random minibatches. Returns the mean of each loss and statistic.
+    """A few passes over the rollout's minibatches, in random order. Returns the mean of each loss and statistic.
 
-    optimizers, lrs: of the policy, then of the critic, if there is one. A minibatch may be worked off in pieces of
-    micro_batch_size rows: the gradients add up to the same sum.
+    optimizers, lrs: of the policy, then of the critic, if there is one. The gradients of a minibatch's pieces add up to
+    the same sum as without pieces. The statistics stay on the device to the end: to read one makes a GPU wait.
     """
-    mask, B, history = rollout.batch.response_mask, len(rollout.batch), []
+    history = []
     for _ in range(config.epochs):
-        for rows in torch.randperm(B, generator=generator).split(B // config.minibatches):
-            n_tokens = mask[rows].sum()
-            stats = torch.zeros(4, device=mask.device)
-            for piece in rows.split(config.micro_batch_size or len(rows)):
-                loss, piece_stats = minibatch_loss(models, rollout, piece, config)
+        for number in torch.randperm(config.minibatches, generator=generator).tolist():
+            pieces = rollout.minibatches[number]
+            n_tokens = sum(piece.batch.response_mask.sum() for piece in pieces)
+            stats = 0.0
+            for piece in pieces:
+                loss, piece_stats = piece_loss(models, rollout, piece, config)
                 (loss / n_tokens).backward()
                 stats = stats + piece_stats / n_tokens
             norms = [training.gradient_step(optimizer, lr) for optimizer, lr in zip(optimizers, lrs)]
-            history.append([*stats.tolist(), norms[0], norms[-1]])
+            history.append(torch.stack([*stats, norms[0], norms[-1]]))
         if config.target_kl and history[-1][3] > config.target_kl:
             break
     names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm", "critic_grad_norm")
-    means = (sum(column) / len(column) for column in zip(*history))
-    return {**dict(zip(names, means)), "first_approx_kl": history[0][3]}
+    history = torch.stack(history)
+    return {**dict(zip(names, history.mean(0).tolist())), "first_approx_kl": history[0, 3].item()}
 
 
 # ------------------------------------------------------------------------------------------------- the loop
@@ -251,8 +276,7 @@ def train_ppo(
         if contrastive:
             contrastive.refresh(models.policy, i)
         batch = [prompts[row] for row in training.prompts_of_iteration(len(prompts), config, i, job.seed)]
-        generator = stream(job.seed, "ppo rollout", i, device=device)
-        rollout = collect_rollout(models, batch, config, job.max_response_tokens, generator)
+        rollout = collect_rollout(models, batch, config, job, i)
         clock.append(time.perf_counter())
 
         raw = missing_eos(reward(batch, rollout.responses), rollout.has_ended, config.missing_eos_penalty)
@@ -264,7 +288,7 @@ def train_ppo(
         advantages, rollout.returns = gae(R, rollout.values, mask, 1.0, lam)
         rollout.advantages = whiten(advantages, mask)
         lrs = [training.learning_rate(i, config.iterations, peak) for peak in (config.lr, config.critic_lr)]
-        losses = update(models, optimizers, lrs, rollout, config, stream(job.seed, "ppo minibatches", i))
+        losses = update(models, optimizers, lrs, rollout, config, stream(job.seed, "ppo order", i))
         clock.append(time.perf_counter())
 
         row = {"iteration": i, **rollout_metrics(rollout, raw, gold)}

@@ -57,17 +57,22 @@ def score_texts(
 def train_reward_model(
     model: Model, tokenizer: Tokenizer, preferences: list[dict], config: RewardConfig, job: Job
 ) -> list[dict]:
-    """Train a scalar model in place on rows {prompt, chosen, rejected}. Returns the metrics of every step."""
+    """Train a scalar model in place on rows {prompt, chosen, rejected}. Returns the metrics of every step.
 
-    def loss_of(rows: list[dict]) -> tuple[Tensor, dict]:
+    The head starts at zero and lets no gradient through to the model below until it has moved: at the model's learning
+    rate that would take hundreds of steps, so it has one of its own.
+    """
+
+    def loss_of(rows: list[dict]) -> dict[str, Tensor]:
         prompts = [row["prompt"] for row in rows]
         responses = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
         scores = score_texts(model, tokenizer, prompts * 2, responses, job.max_response_tokens).squeeze(1)
         chosen, rejected = scores.chunk(2)
         loss = bradley_terry_loss(chosen, rejected, config.center_coef)
-        return loss, {"accuracy": (chosen > rejected).float().mean().item()}
+        n_pairs = torch.ones_like(chosen).sum()
+        return {"loss": loss * n_pairs, "count": n_pairs, "accuracy": (chosen > rejected).sum()}
 
-    return fit(model, preferences, loss_of, config, job, warmup=0.1)
+    return fit(model, preferences, loss_of, config, job, warmup=0.1, head_lr=config.head_lr)
 
 
 # -------------------------------------------------------------------------------------- what it gets right
@@ -96,15 +101,3 @@ def preference_accuracy(
             member = torch.tensor([group == name for group in groups])
             report[f"gold, {name}"] = right[member].float().mean().item()
     return report
-
-
-def variance_parts(rewards: Tensor) -> tuple[float, float]:
-    """Split the variance of (N, k) rewards into between prompts and within a prompt (one-way ANOVA).
-
-    Returns (between, within), both unbiased: E[within] = E_x Var(r|x), E[between] = Var_x E[r|x]; their
-    sum estimates Var(r). The estimate of `between` can fall below zero when there is none.
-    """
-    k = rewards.shape[1]
-    within = rewards.var(1, correction=1).mean()
-    between = rewards.mean(1).var(correction=1) - within / k
-    return between.item(), within.item()

@@ -24,10 +24,10 @@ def train_sft(
 ) -> list[dict]:
     """Train `model` in place on rows {prompt, completion}. Returns the metrics of every step."""
 
-    def loss_of(rows: list[dict]) -> tuple[Tensor, dict]:
+    def loss_of(rows: list[dict]) -> dict[str, Tensor]:
         prompts, completions = [row["prompt"] for row in rows], [row["completion"] for row in rows]
-        return sft_loss(
-            model, make_batch(tokenizer, prompts, completions, job.max_response_tokens).to(model.device)
-        ), {}
+        batch = make_batch(tokenizer, prompts, completions, job.max_response_tokens).to(model.device)
+        n_tokens = batch.response_mask.sum()
+        return {"loss": sft_loss(model, batch) * n_tokens, "count": n_tokens}
 
     return fit(model, demonstrations, loss_of, config, job, warmup=0.05)

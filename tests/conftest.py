@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))  # plain `pytest` finds the package too
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from crlhf import reviews
 from crlhf.engine.models import tiny_model
@@ -39,6 +39,24 @@ def random_model(tokenizer, seed=0, width=32):
             if parameter.dim() > 1:
                 parameter.mul_(6.0)
     return model
+
+
+def llama(tokenizer):
+    """A modern architecture (rotary positions, grouped heads), to which the lean path does not apply."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=96,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def word_counts(prompts, responses):

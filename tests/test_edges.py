@@ -31,7 +31,7 @@ from crlhf.reviews import WORDS
 SEED = int(os.environ.get("CRLHF_EDGE_SEED", 0))
 TINY = (
     "--demonstrations 8 --pairs 10 --train-prompts 8 --eval-prompts 2 --ppo-batch-size 4 --methods ppo --device cpu "
-    "--threads 1"
+    "--threads 1 --max-prompt-tokens 64 --max-response-tokens 24"
 ).split()
 KNOBS = [(name, knob) for name, _, knob in options(Config()) if name not in ("out", "device", "threads")]
 TEXTS = [
@@ -424,7 +424,7 @@ def test_running_out_of_memory_names_the_stage_and_the_knob(copied, monkeypatch,
     monkeypatch.setattr("crlhf.pipeline.stages.train_dpo", greedy)
     assert run(copied, "--methods", "ppo,dpo") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: dpo: out of memory") and "lower --dpo-batch-size" in error
+    assert error.startswith("error: dpo: out of memory") and "lower --micro-batch-size" in error
 
 
 def test_no_network_is_one_line_within_seconds(monkeypatch, capsys, tmp_path):

@@ -26,7 +26,7 @@ from crlhf.pipeline.run import make_plan
 TINY = (
     "--demonstrations 64 --pairs 60 --train-prompts 32 --eval-prompts 8 --sft-epochs 1 --reward-epochs 1 "
     "--model-width 16 --model-heads 2 --model-layers 1 --ppo-iterations 1 --ppo-batch-size 8 --methods ppo "
-    "--device cpu"
+    "--device cpu --max-prompt-tokens 64 --max-response-tokens 24"
 ).split()
 GOOD = "".join(
     json.dumps({"prompt": f"prompt {i}", "chosen": f" good {i}", "rejected": f" bad {i}"}) + "\n" for i in range(30)

@@ -86,7 +86,7 @@ def test_workers_hide_their_bars(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(Progress, "hidden", None)
+    monkeypatch.setattr(Progress, "hidden", False)
     assert not Progress(1, "a").disable  # a terminal shows it
     H.hide_progress()
     assert Progress(1, "a").disable

@@ -9,13 +9,19 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, model_folder
 from datasets import load_dataset
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from crlhf.__main__ import main
+from crlhf.config import PRETRAINED, Config
 from crlhf.engine import training
+from crlhf.engine.files import Progress, slices
+from crlhf.engine.models import pick_device, pick_precision
+from crlhf.engine.training import Checkpoint, Job
+from crlhf.pipeline.options import options, parse
 
 SMALL = (
     "--demonstrations 1200 --pairs 150 --train-prompts 64 --eval-prompts 48 --model-width 32 --model-layers 1 "
@@ -270,3 +276,98 @@ def test_a_checkpoint_is_saved_no_oftener_than_it_pays(tmp_path, monkeypatch):
     for _ in checkpoint.steps(50):
         now[0] += 1.0
     assert saves == [2, 22, 42]
+
+
+# --------------------------------------------------------------------------------- real models: precision and defaults
+
+
+def test_a_pretrained_model_gets_defaults_of_its_own_unless_the_command_line_says_otherwise():
+    tiny, other = parse([])[2], parse(["--model", "gpt2", "--sft-lr", "0.5"])[2]
+    assert tiny == Config() and other.sft.lr == 0.5
+    for group, knobs in PRETRAINED.items():
+        for name, value in knobs.items():
+            assert getattr(getattr(tiny, group), name) != value, f"{group}.{name} is the same for both: leave it out"
+            assert (group, name) == ("sft", "lr") or getattr(getattr(other, group), name) == value
+    assert {name for name, _, _ in options(tiny)} >= {"precision", "micro-batch-size", "eval-dataset"}
+
+
+@pytest.mark.parametrize(
+    "has_cuda, has_bf16, is_tiny, device, dtype",
+    [
+        (False, False, False, "cpu", torch.float32),
+        (True, True, False, "cuda", torch.bfloat16),
+        (True, False, False, "cuda", torch.float32),  # a T4 emulates bf16: fp32 is quicker
+        (True, True, True, "cpu", torch.float32),  # tiny models are quicker on a CPU
+    ],
+)
+def test_auto_takes_bf16_only_where_it_is_native(monkeypatch, has_cuda, has_bf16, is_tiny, device, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16 or including_emulation)
+    assert pick_device("auto", is_tiny).type == device
+    assert pick_precision("auto", pick_device("auto", is_tiny)) == dtype
+    assert pick_precision("bf16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_a_run_in_bf16_on_a_cpu_goes_the_whole_way(tmp_path):
+    """What a GPU runs by default. The reward model's scores of SFT responses get a standard deviation of 1, and
+    held-out prompts come from a file of their own."""
+    rows = [{"prompt": f"i liked {a} and {b} .", "chosen": f"{a} was nice .", "rejected": f"{b} was bland . ."}
+            for a in ("plot", "cast", "music", "humor") for b in ("story", "camera", "ending", "script")]  # fmt: skip
+    for name, some in (("train", rows[:12] * 3), ("held_out", rows[10:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    out, folder = tmp_path / "run", model_folder(tmp_path / "model")
+    sizes = "--max-prompt-tokens 32 --max-response-tokens 12 --sft-lr 1e-2 --sft-epochs 4 --reward-lr 1e-2 "
+    sizes += "--reward-epochs 4 --ppo-iterations 2 --ppo-batch-size 8 --micro-batch-size 3 --precision bf16 "
+    sizes += "--device cpu --threads 1"
+    files = ["--dataset", str(tmp_path / "train.jsonl"), "--eval-dataset", str(tmp_path / "held_out.jsonl")]
+    assert (
+        main(["--model", str(folder), *files, "--out", str(out), "--methods", "ppo,adaptive,dpo", *sizes.split()]) == 0
+    )
+    prompts = {
+        name: {row["prompt"] for row in lines(out / "data" / f"{name}_prompts.jsonl")} for name in ("train", "eval")
+    }
+    assert prompts["eval"] == {row["prompt"] for row in rows[10:]} and len(prompts["train"]) == 10
+    assert all(row["first_approx_kl"] == 0 for row in lines(out / "ppo" / "metrics.jsonl"))
+    report = json.loads((out / "baselines" / "variance.json").read_text())
+    assert (
+        report["sd"] == pytest.approx(1, rel=0.5)
+        and json.loads((out / "reward" / "accuracy.json").read_text())["sd"] > 0
+    )
+    assert {"rho", "rho_se", "ended_correlation", "length_correlation"} <= set(report)
+    costs = [json.loads((out / stage / "cost.json").read_text()) for stage in ("sft", "reward", "ppo", "dpo")]
+    assert all(cost["seconds"] > 0 and cost["peak_bytes"] > 1e8 for cost in costs)
+
+
+def test_held_out_rows_beside_the_embedded_world_are_refused(capsys):
+    assert main(["--eval-dataset", "x.jsonl"]) == 2
+    assert "--eval-dataset needs a --dataset of its kind" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- what a user sees meanwhile
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr(Progress, "hidden", False)
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    bar = Progress(10, "sft")
+    bar._time = lambda: now[0]
+    bar.start_t = bar.last_print_t = now[0]
+    for _ in range(10):
+        now[0] += 25
+        bar.update()
+    bar.close()
+    printed = capsys.readouterr().err.splitlines()
+    assert 2 <= len(printed) <= 4 and all(line.startswith("  sft:") and "/10 [" in line for line in printed)
+    list(slices(list(range(5)), 2, "quick"))
+    assert capsys.readouterr().err == ""
+
+
+def test_metrics_grow_while_a_stage_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "METRICS_SECONDS", 0)
+    checkpoint, seen = Checkpoint(Job("ppo", tmp_path, checkpoint_seconds=1e9)), []
+    for step in checkpoint.steps(3):
+        seen.append(len(lines(tmp_path / "metrics.jsonl")))
+        checkpoint.log({"step": step})
+    assert seen == [0, 1, 2] and len(lines(tmp_path / "metrics.jsonl")) == 3

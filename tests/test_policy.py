@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import kept_for_backward
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
+from conftest import kept_for_backward, llama
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from crlhf import policy as P
 from crlhf.engine import forward
@@ -21,28 +21,10 @@ PROMPTS = [
 RESPONSES = ["the cast was weak .", "i liked the acting and the story was nice .", "."]
 
 
-def sample_tokens(model, ids, mask, n_tokens, generator, eos_id, pad_id, **settings):
-    """`sample` with uniforms from a generator."""
-    uniforms = torch.rand(len(ids), n_tokens, generator=generator)
-    return P.sample(model, ids, mask, uniforms, eos_id, pad_id, **settings)
-
-
-def llama(tokenizer):
-    """A modern architecture (rotary positions, grouped heads), to which the lean path does not apply."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=96,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.3,
-    )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
+def sample_tokens(model, tokenizer, prompts, n_tokens, generator, **settings):
+    """The ids and the mask of sampled responses."""
+    batch = P.sample(model, tokenizer, prompts, n_tokens, generator=generator, **settings)
+    return batch.response_ids, batch.response_mask
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -104,14 +86,15 @@ def test_values_scores_and_samples_of_the_lean_path_equal_the_librarys(policy, t
     torch.nn.init.normal_(scalar.score.weight, generator=stream(0, "head"))
     batch = make_batch(tokenizer, PROMPTS, RESPONSES, 24)
     sequences = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    uniforms, results = torch.rand(6, 12, generator=stream(0, "seam")), []
+    results = []
     assert forward.is_lean(scalar)
     for path in ("lean", "library"):
         if path == "library":
             monkeypatch.setattr(forward, "is_lean", lambda model: False)
         values = P.response_values(scalar, batch)[batch.response_mask]
         scores = forward.sequence_logits(scalar, sequences, tokenizer.pad_token_id)
-        response_ids, _ = P.sample(policy, batch.prompt_ids, batch.prompt_mask, uniforms, tokenizer.eos_token_id, 0)
+        prompts = batch.prompt_ids, batch.prompt_mask
+        response_ids, _ = sample_tokens(policy, tokenizer, prompts, 12, stream(0, "seam"), k=2)
         results.append((values, scores, response_ids))
     for ours, theirs in zip(*results):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
@@ -123,22 +106,20 @@ def test_recomputed_activations_give_the_same_gradients_and_keep_less(model, tok
             module.attention_dropout = 0.5  # it must not wake up
     batch = make_batch(tokenizer, PROMPTS, RESPONSES, 24)
     plain, kept = kept_for_backward(model, batch)
-    arguments = batch.prompt_ids, batch.prompt_mask, torch.rand(3, 8, generator=stream(0, "again")), 99, 0
-    sampled, _ = P.sample(model, *arguments)
+    prompts = batch.prompt_ids, batch.prompt_mask
+    sampled, _ = sample_tokens(model, tokenizer, prompts, 8, stream(0, "again"))
     forward.recompute_activations(model)
     again, kept_again = kept_for_backward(model, batch)
     for ours, expected in zip(again, plain):
         assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-6)
     assert kept_again < 0.6 * kept, (kept_again, kept)
-    assert torch.equal(P.sample(model, *arguments)[0], sampled)
+    assert torch.equal(sample_tokens(model, tokenizer, prompts, 8, stream(0, "again"))[0], sampled)
 
 
 def test_cached_sampling_draws_from_the_log_probs_it_reports(model, tokenizer):
     """Greedy-like sampling at a tiny temperature must take the argmax of the uncached forward, with padding."""
-    ids, mask = pad_prompts(tokenizer, PROMPTS)
-    response_ids, response_mask = sample_tokens(
-        model, ids, mask, 12, stream(0, "greedy"), tokenizer.eos_token_id, tokenizer.pad_token_id, temperature=1e-3
-    )
+    prompts = pad_prompts(tokenizer, PROMPTS)
+    response_ids, response_mask = sample_tokens(model, tokenizer, prompts, 12, stream(0, "greedy"), temperature=1e-3)
     for row, prompt in enumerate(PROMPTS):
         prefix = tokenizer(prompt)["input_ids"]
         for token in response_ids[row][response_mask[row]].tolist():
@@ -169,16 +150,8 @@ def test_sampling_frequencies_match_the_models_probabilities(model, tokenizer):
     prompt, n = "the plot was dull .", 20_000
     ids, mask = pad_prompts(tokenizer, [prompt, PROMPTS[1]])
     rows = torch.zeros(n, dtype=torch.long)
-    response_ids, response_mask = sample_tokens(
-        model,
-        ids[rows],
-        mask[rows],
-        2,
-        stream(1, "chi"),
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-        temperature=0.7,
-    )
+    prompts = ids[rows], mask[rows]
+    response_ids, response_mask = sample_tokens(model, tokenizer, prompts, 2, stream(1, "chi"), temperature=0.7)
 
     def check(tokens, prefix):
         with torch.no_grad():
@@ -201,9 +174,7 @@ def test_sampling_frequencies_match_the_models_probabilities(model, tokenizer):
 
 def test_rows_stop_at_eos_and_the_mask_includes_it(policy, tokenizer):
     ids, mask = pad_prompts(tokenizer, PROMPTS * 40)
-    response_ids, response_mask = sample_tokens(
-        policy, ids, mask, 16, stream(0, "eos"), tokenizer.eos_token_id, tokenizer.pad_token_id, temperature=3.0
-    )
+    response_ids, response_mask = sample_tokens(policy, tokenizer, (ids, mask), 16, stream(0, "eos"), temperature=3.0)
     eos, stopped = tokenizer.eos_token_id, 0
     for row_ids, row_mask in zip(response_ids.tolist(), response_mask.tolist()):
         length = sum(row_mask)
@@ -236,43 +207,56 @@ def test_a_cut_response_has_no_eos(tokenizer):
 @pytest.mark.parametrize("top_p, kept", [(0.4, {0}), (0.79, {0, 1}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})])
 def test_nucleus_keeps_the_smallest_set_that_reaches_top_p(top_p, kept):
     probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    tokens = P.next_token(probs.log().repeat(4000, 1), torch.rand(4000, generator=stream(0, "p")), 1.0, top_p)
+    noise = torch.empty(4000, 4).exponential_(generator=stream(0, "p"))
+    tokens = P.next_token(probs.log().repeat(4000, 1), noise, 1.0, top_p)
     assert set(tokens.tolist()) == kept
     share = (tokens == 0).float().mean().item()
     assert share == pytest.approx((probs[0] / probs[list(kept)].sum()).item(), abs=0.03)  # what stays is renormalised
 
 
 def test_a_row_draws_the_same_whatever_stands_beside_it(policy, tokenizer):
-    """Each row has uniform numbers of its own, so a row's response survives other rows' changing."""
+    """Each row has noise of its own, so a row's response survives other rows' changing."""
     texts = []
     for prompts in (PROMPTS, [PROMPTS[0], PROMPTS[0], PROMPTS[2]]):
-        ids, mask = pad_prompts(tokenizer, prompts)
-        responses = sample_tokens(policy, ids, mask, 12, stream(0, "r"), tokenizer.eos_token_id, 0)
+        responses = sample_tokens(policy, tokenizer, pad_prompts(tokenizer, prompts), 12, stream(0, "r"))
         texts.append(decode(tokenizer, *responses))
     assert texts[0][0] == texts[1][0] and texts[0][2] == texts[1][2]
 
 
-def test_k_responses_of_a_prompt_are_those_of_k_copies_of_it(model, tokenizer):
+def test_k_responses_of_a_prompt_are_those_of_k_copies_of_it(model, tokenizer, monkeypatch):
     """One pass over the prompt serves all k; rows that end leave the batch; neither changes what is drawn."""
     ids, mask = pad_prompts(tokenizer, PROMPTS)
-    uniforms = torch.rand(30, 16, generator=stream(0, "k"))
-    arguments = uniforms, tokenizer.eos_token_id, tokenizer.pad_token_id, 2.0
-    together = P.sample(model, ids, mask, *arguments)
-    copies = P.sample(model, ids.repeat_interleave(10, 0), mask.repeat_interleave(10, 0), *arguments)
-    alone = [
-        P.sample(model, ids[i // 10 :][:1], mask[i // 10 :][:1], uniforms[i : i + 1], *arguments[1:]) for i in range(30)
-    ]
+    copied = ids.repeat_interleave(10, 0), mask.repeat_interleave(10, 0)
+    together = sample_tokens(model, tokenizer, (ids, mask), 16, stream(0, "k"), temperature=2.0, k=10)
+    copies = sample_tokens(model, tokenizer, copied, 16, stream(0, "k"), temperature=2.0)
     lengths = together[1].sum(1)
     assert lengths.min() < 5 and lengths.max() > 8  # some rows left early, some went on
     assert torch.equal(together[0], copies[0]) and torch.equal(together[1], copies[1])
-    for i, (row_ids, row_mask) in enumerate(alone):
-        assert together[0][i][together[1][i]].tolist() == row_ids[0][row_mask[0]].tolist()
+    monkeypatch.setattr(P, "rows_that_go_on", lambda alive, n_rows: None)  # nobody leaves early
+    kept = sample_tokens(model, tokenizer, (ids, mask), 16, stream(0, "k"), temperature=2.0, k=10)
+    assert torch.equal(together[0], kept[0]) and torch.equal(together[1], kept[1])
 
 
-@pytest.mark.parametrize("uniform, token", [(0.0, 1), (0.2499, 1), (0.2501, 2), (0.999999, 2)])
-def test_tokens_of_no_probability_are_never_drawn(uniform, token):
-    logits = torch.log(torch.tensor([[0.0, 0.25, 0.75, 0.0]]))
-    assert P.next_token(logits, torch.tensor([uniform])).item() == token
+def test_the_smallest_quotient_wins_the_race():
+    """Token v arrives after E_v / p_v; one of no probability never does."""
+    probs = torch.tensor([[0.0, 0.25, 0.75, 0.0]])
+    for noise, token in (([1e-6, 1.0, 3.1, 1e-6], 1), ([1e-6, 1.0, 2.9, 1e-6], 2), ([9.0, 0.1, 2.0, 9.0], 1)):
+        assert P.next_token(probs.log(), torch.tensor([noise])).item() == token
+
+
+def test_two_policies_that_hardly_differ_draw_the_same_tokens():
+    """With shared noise draws from p and q differ with probability at most 2 TV / (1 + TV), where TV is their total
+    variation, 1/2 sum |p - q|. By inverse distribution functions it can be many times that."""
+    logits = torch.randn(1, 5000, generator=stream(0, "p")).repeat(4000, 1)
+    nudged = logits + 0.02 * torch.randn(1, 5000, generator=stream(0, "q"))
+    p, q = logits[0].softmax(0), nudged[0].softmax(0)
+    tv = 0.5 * (p - q).abs().sum().item()
+    noise = torch.empty(4000, 5000).exponential_(generator=stream(0, "noise"))
+    equal = (P.next_token(logits, noise) == P.next_token(nudged, noise)).float().mean().item()
+    uniform = torch.rand(4000, 1, generator=stream(0, "u"))
+    inverse = [torch.searchsorted(probs.cumsum(0), uniform) for probs in (p, q)]
+    assert 1 - equal < 2 * tv / (1 + tv) + 0.01
+    assert (inverse[0] == inverse[1]).float().mean() < 1 - 5 * tv
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -305,10 +289,9 @@ def test_streams_depend_on_every_name():
 
 
 def test_sampling_ignores_and_leaves_the_global_random_state(policy, tokenizer):
-    ids, mask = pad_prompts(tokenizer, PROMPTS)
-    results = []
+    prompts, results = pad_prompts(tokenizer, PROMPTS), []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        results.append(sample_tokens(policy, ids, mask, 8, stream(5, "x"), 99, 0)[0])
+        results.append(sample_tokens(policy, tokenizer, prompts, 8, stream(5, "x"))[0])
         assert torch.initial_seed() == seed
     assert torch.equal(*results)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_model, word_counts
+from conftest import llama, random_model, word_counts
 from torch.utils.checkpoint import checkpoint
 
 from crlhf import ppo
@@ -13,7 +13,7 @@ from crlhf.config import ContrastiveConfig, PPOConfig, UserError
 from crlhf.contrastive import ContrastiveReward
 from crlhf.engine import training
 from crlhf.engine.files import stream
-from crlhf.engine.forward import recompute_activations
+from crlhf.engine.forward import compute_in, recompute_activations
 from crlhf.engine.models import frozen_copy, tiny_model
 from crlhf.engine.training import Job
 from crlhf.reviews import gold_reward
@@ -191,9 +191,10 @@ def models_of(tokenizer, policy, critic, ref_policy=None):
     return ppo.Models(policy, frozen_copy(ref_policy or policy), critic, tokenizer)
 
 
-def one_rollout(models, config=SMALL):
+def one_rollout(models, config=SMALL, micro=0):
     """A rollout whose advantages and returns are random numbers."""
-    rollout = ppo.collect_rollout(models, PROMPTS, config, 12, stream(0, "rollout"))
+    job = Job("ppo", None, max_response_tokens=12, micro_batch_size=micro)
+    rollout = ppo.collect_rollout(models, PROMPTS, config, job, 0)
     rollout.advantages = rollout.returns = torch.randn(rollout.log_probs.shape, generator=stream(0, "adv"))
     return rollout
 
@@ -205,59 +206,72 @@ def shared_models(tokenizer, policy):
 
 @pytest.mark.parametrize("micro", [0, 3])
 def test_first_minibatch_has_ratio_one_and_no_clipping(tokenizer, policy, micro):
-    config = replace(SMALL, epochs=1, minibatches=1, micro_batch_size=micro, temperature=0.8)
+    config = replace(SMALL, epochs=1, minibatches=2, temperature=0.8)
     models = shared_models(tokenizer, policy)
-    rollout = one_rollout(models, config)
-    _, stats = ppo.minibatch_loss(models, rollout, torch.arange(16), config)
+    rollout = one_rollout(models, config, micro)
+    stats = sum(
+        ppo.piece_loss(models, rollout, piece, config)[1] for minibatch in rollout.minibatches for piece in minibatch
+    )
     mask = rollout.batch.response_mask
-    assert stats[2] == 0 and stats[3] / mask.sum() < 1e-8  # nothing clipped, KL(old || new) = 0
+    assert stats[2] == 0 and stats[3] == 0  # nothing clipped, KL(old || new) = 0
     expected = -ppo.masked_mean(rollout.advantages, mask).item()
     assert (stats[0] / mask.sum()).item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_bf16_path_of_gpus_on_the_cpu(tokenizer, policy, monkeypatch):
-    """Autocast as on CUDA: sampling, rollout and the first minibatch work, and the first ratio is 1 there too."""
-    models, asked = shared_models(tokenizer, policy), []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_before_the_first_step_every_ratio_is_one_in_fp32_and_in_bf16(tokenizer, policy, kind, dtype):
+    """Old and new log-probs come from products of the same shapes, so they are equal to the last bit."""
+    model = compute_in(policy if kind == "gpt2" else llama(tokenizer), dtype)
+    models = models_of(tokenizer, model, torch.nn.Linear(32, 1))
+    rollout = one_rollout(models, micro=3)
+    for piece in (piece for minibatch in rollout.minibatches for piece in minibatch):
+        log_probs, values, _ = ppo.policy_outputs(models, piece.batch, SMALL.temperature)
+        mask, T = piece.batch.response_mask, log_probs.shape[1]
+        assert torch.equal(log_probs[mask], rollout.log_probs[piece.rows, :T][mask])
+        assert torch.equal(values[mask], rollout.values[piece.rows, :T][mask])
+
+
+def test_the_bf16_path_of_gpus_on_the_cpu(tokenizer, policy):
+    """Sampling, rollout and update work, statistics are fp32, and rounding hardly changes what is drawn."""
+    models = shared_models(tokenizer, policy)
     full = one_rollout(models)
-
-    def half(device):
-        asked.append(device)
-        return torch.autocast("cpu", torch.bfloat16)
-
-    monkeypatch.setattr("crlhf.engine.forward.autocast", half)
+    compute_in(policy, torch.bfloat16)
+    compute_in(models.ref_policy, torch.bfloat16)
     rollout = one_rollout(models)
-    assert asked and rollout.log_probs.dtype == rollout.values.dtype == torch.float32
+    for name in ("log_probs", "ref_log_probs", "values", "entropy"):
+        assert getattr(rollout, name).dtype == torch.float32
     assert not torch.equal(rollout.log_probs, full.log_probs)  # it did round
     same = (rollout.batch.response_ids[:, 0] == full.batch.response_ids[:, 0]).float().mean()
     assert same > 0.8  # rounding to bf16 tips few draws
     rollout.advantages = rollout.returns = rollout.values
-    loss, stats = ppo.minibatch_loss(models, rollout, torch.arange(16), SMALL)
-    assert stats[2] == 0 and stats[3] < 1e-4
+    loss, _ = ppo.piece_loss(models, rollout, rollout.minibatches[0][0], SMALL)
     loss.backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in policy.parameters())
 
 
 def test_minibatches_are_honoured(tokenizer, policy, monkeypatch):
     models = models_of(tokenizer, policy, None)
-    sizes, real = [], ppo.minibatch_loss
+    sizes, seen, real = [], [], ppo.piece_loss
 
-    def counted(models, rollout, rows, config):
-        sizes.append(len(rows))
-        return real(models, rollout, rows, config)
+    def counted(models, rollout, piece, config):
+        sizes.append(len(piece.rows))
+        seen.extend(piece.rows.tolist())
+        return real(models, rollout, piece, config)
 
-    monkeypatch.setattr(ppo, "minibatch_loss", counted)
+    monkeypatch.setattr(ppo, "piece_loss", counted)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     ppo.update(models, [optimizer], [0.0], one_rollout(models), SMALL, stream(0, "mb"))
-    assert sizes == [4] * 8
+    assert sizes == [4] * 8 and sorted(seen[:16]) == sorted(seen[16:]) == list(range(16))
 
 
 def test_micro_batches_add_up_to_the_whole_minibatch(tokenizer, policy, monkeypatch):
     """Token means are taken over the whole minibatch, so pieces of unequal length must not be averaged."""
     monkeypatch.setattr("crlhf.engine.training.MAX_GRAD_NORM", 1e9)
-    rollout, grads = one_rollout(models_of(tokenizer, policy, None, random_model(tokenizer, 1))), []
+    grads, config = [], replace(SMALL, epochs=1, minibatches=1)
     for micro in (0, 1, 5):
-        models = models_of(tokenizer, frozen_copy(policy).requires_grad_(True), None)
-        config = replace(SMALL, epochs=1, minibatches=1, micro_batch_size=micro)
+        models = models_of(tokenizer, frozen_copy(policy).requires_grad_(True), None, random_model(tokenizer, 1))
+        rollout = one_rollout(models, config, micro)
         optimizer = torch.optim.SGD(models.policy.parameters(), lr=1.0)
         before = models.policy.lm_head.weight.detach().clone()
         ppo.update(models, [optimizer], [1.0], rollout, config, stream(0, "mb"))

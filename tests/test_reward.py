@@ -13,7 +13,7 @@ from crlhf.engine.files import stream
 from crlhf.engine.models import save, scalar_model
 from crlhf.engine.training import Job
 from crlhf.pipeline.rewards import ModelReward
-from crlhf.reward import bradley_terry_loss, preference_accuracy, train_reward_model, variance_parts
+from crlhf.reward import bradley_terry_loss, preference_accuracy, train_reward_model
 
 
 @pytest.mark.parametrize("case, center", [("bradley_terry", 0.0), ("bradley_terry_centered", 0.01)])
@@ -100,14 +100,6 @@ def test_a_classifier_rewards_by_the_log_odds_of_its_label(tokenizer):
     assert ModelReward(model, tokenizer, 24, "positive")([x], [y]).item() == pytest.approx(expected, abs=1e-4)
     with pytest.raises(UserError, match="negative, neutral, POSITIVE"):
         ModelReward(model, tokenizer, 24, "happy")
-
-
-def test_variance_parts_of_known_components():
-    g = stream(0, "anova")
-    rewards = 2.0 * torch.randn(20_000, 1, generator=g) + 0.5 * torch.randn(20_000, 4, generator=g)
-    between, within = variance_parts(rewards)
-    assert between == pytest.approx(4.0, rel=0.05) and within == pytest.approx(0.25, rel=0.05)
-    assert abs(variance_parts(torch.randn(20_000, 4, generator=g))[0]) < 0.03  # no prompt effect
 
 
 def test_report_separates_labels_from_gold_and_groups():

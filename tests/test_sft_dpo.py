@@ -4,16 +4,17 @@ import math
 
 import pytest
 import torch
-from conftest import word_counts
+from conftest import random_model, word_counts
 
 from crlhf import reviews
-from crlhf.config import DPOConfig, SFTConfig
+from crlhf.config import DPOConfig, RewardConfig, SFTConfig
 from crlhf.dpo import dpo_loss, sequence_log_probs, train_dpo
 from crlhf.engine.files import stream
-from crlhf.engine.models import frozen_copy, tiny_model
+from crlhf.engine.models import frozen_copy, save, scalar_model, tiny_model
 from crlhf.engine.text import make_batch
 from crlhf.engine.training import Job, gradient_step, learning_rate, rows_of_step, steps_in
 from crlhf.policy import generate, response_log_probs
+from crlhf.reward import train_reward_model
 from crlhf.sft import sft_loss, train_sft
 
 PROMPTS, RESPONSES = ["the plot was dull .", "i loved the music ."], ["the cast was weak .", "."]
@@ -75,14 +76,40 @@ def test_learning_rate_rises_then_falls_linearly():
     rates = [learning_rate(step, 10, 1.0, 0.2) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0] and rates[-1] == pytest.approx(1 / 8)
     assert [learning_rate(step, 4, 2.0) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]
+    assert learning_rate(0, 6, 2e-5, 0.05) == 2e-5  # a rise of less than a step: never above the peak
 
 
-@pytest.mark.parametrize(
-    "grad, norm, moved",
-    [([3.0, 4.0], 5.0, [-0.6, -0.8]), ([0.6, 0.0], 0.6, [-0.6, 0.0]), ([math.nan, 1.0], math.nan, [0.0, 0.0])],
-)
-def test_long_gradients_are_shortened_and_broken_ones_left_out(grad, norm, moved):
+@pytest.mark.parametrize("grad, norm, moved", [([3.0, 4.0], 5.0, [-0.6, -0.8]), ([0.6, 0.0], 0.6, [-0.6, 0.0])])
+def test_long_gradients_are_shortened(grad, norm, moved):
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.grad = torch.tensor(grad)
-    assert gradient_step(torch.optim.SGD([weight], lr=0.0), lr=1.0) == pytest.approx(norm, nan_ok=True)
+    assert gradient_step(torch.optim.SGD([weight], lr=0.0), lr=1.0).item() == pytest.approx(norm)
     assert weight.tolist() == pytest.approx(moved, abs=1e-5) and weight.grad is None
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_micro_batches_give_the_gradient_of_the_whole_step(tokenizer, policy, tmp_path, stage):
+    """Rows of unequal length, in pieces of 0 (all), 1 and 3: loss, metrics and gradient norm of a step are equal."""
+    texts = ["i loved the cast .", "i hated it .", "the plot was dull . the story was nice .", "."]
+    rows = [
+        {"prompt": prompt, "completion": text, "chosen": text, "rejected": other}
+        for prompt, text, other in zip(PROMPTS * 4, texts * 2, texts[1:] + texts)
+    ]
+    save(tmp_path / "model", policy, tokenizer)
+    first_steps = []
+    for micro in (0, 1, 3):
+        job = Job(stage, tmp_path, max_response_tokens=24, micro_batch_size=micro)
+        if stage == "sft":
+            metrics = train_sft(frozen_copy(policy).requires_grad_(True), tokenizer, rows, SFTConfig(1, len(rows)), job)
+        elif stage == "reward":
+            model = scalar_model(str(tmp_path / "model"), tokenizer.pad_token_id)
+            torch.nn.init.normal_(model.score.weight, generator=stream(0, "head"))
+            config = RewardConfig(epochs=1, batch_size=len(rows))
+            metrics = train_reward_model(model, tokenizer, rows, config, job)
+        else:
+            model, ref_policy = frozen_copy(policy).requires_grad_(True), random_model(tokenizer, 1)
+            metrics = train_dpo(model, ref_policy, tokenizer, rows, DPOConfig(1, len(rows)), job)
+        first_steps.append(metrics[0])
+    for step in first_steps[1:]:
+        assert step == pytest.approx(first_steps[0], rel=1e-4, abs=1e-6)
+    assert first_steps[0]["grad_norm"] > 0.01

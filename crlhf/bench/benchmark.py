@@ -28,8 +28,8 @@ from transformers.activations import ACT2FN
 from ..baselines import sample_baselines
 from ..config import BaselineConfig, PPOConfig, UserError
 from ..engine.files import stream
-from ..engine.forward import Model, autocast
-from ..engine.models import frozen_copy, pick_device, save, scalar_model, tiny_model
+from ..engine.forward import Model, autocast, compute_in
+from ..engine.models import frozen_copy, pick_device, pick_precision, save, scalar_model, tiny_model
 from ..engine.text import Tokenizer, pad_prompts
 from ..engine.tokenizers import wrap
 from ..engine.training import Job
@@ -70,10 +70,14 @@ class Setup:
     def __init__(self, work: Workload, critic: str, device: torch.device) -> None:
         self.work, self.device, self.tokenizer = work, device, numbered_words(work.vocab)
         eos_id, pad_id, context = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, work.prompt + work.response
-        policy = tiny_model(work.vocab, eos_id, pad_id, context, work.layers, work.width, work.heads, seed=0).to(device)
+        precision = pick_precision("auto", device)
+        policy = tiny_model(work.vocab, eos_id, pad_id, context, work.layers, work.width, work.heads, seed=0)
+        compute_in(policy.to(device), precision)
         with tempfile.TemporaryDirectory() as folder:
             save(folder, policy, self.tokenizer)
-            reward_model, value_model = (scalar_model(folder, pad_id).to(device) for _ in range(2))
+            reward_model, value_model = (
+                compute_in(scalar_model(folder, pad_id).to(device), precision) for _ in range(2)
+            )
         reward_model.score.reset_parameters()
         value = value_model if critic == "separate" else torch.nn.Linear(work.width, 1).to(device)
         self.models = Models(policy, frozen_copy(policy), value, self.tokenizer)
@@ -130,7 +134,7 @@ def library_baselines(setup: Setup, activation: str) -> None:
     use_activation(activation, policy)
     ids, mask = (tensor.to(setup.device) for tensor in pad_prompts(setup.tokenizer, setup.prompts))
     sampling = {"do_sample": True, "top_k": 0, "max_new_tokens": work.response, "num_return_sequences": work.k}
-    with autocast(setup.device):
+    with autocast(policy):
         out = policy.generate(input_ids=ids, attention_mask=mask.long(), **sampling)
     setup.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
 
@@ -268,7 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.threads < 0:
         raise UserError("benchmark: --rounds is at least 1, --threads at least 0")
-    work, device, rounds = SIZES[options.size], pick_device(options.device), options.rounds
+    work, device, rounds = SIZES[options.size], pick_device(options.device, is_tiny=False), options.rounds
     if options.threads:
         torch.set_num_threads(options.threads)
     print(f"{machine(device)}; size {options.size}, medians of {rounds} rounds", flush=True)

@@ -1,47 +1,56 @@
-"""What a model needs on a GPU, computed: `python -m crlhf memory`.
+"""What each stage of a run needs of memory: `python -m crlhf memory --model gpt2 --max-prompt-tokens 256 ...`.
 
-Parameters are kept in fp32, products run in bf16. While PPO trains, the card holds
-
-    policy      4 bytes a parameter for the weights, 2 for their bf16 copies, 4 for gradients, 8 for AdamW's moments
-    critic      the same, if it is a model of its own
-    reference   4 bytes a parameter
-    reward      4 bytes a parameter
-
-and, for the rows of one forward pass, what the backward pass needs: for each token and layer, in bf16, 10 vectors of
-the model's width and 2 of the feed-forward width in GPT-2, 17 and 4 in models of Llama's kind (the fused kernel never
-stores an attention matrix), and for each response token three fp32 vectors as long as the vocabulary (logits, their
-softmax, its gradient). With --ppo-recompute-activations a layer keeps only the one fp32 vector that enters it, and all
-the rest while its own backward pass runs.
+Nothing is estimated by a formula. The code that trains runs once on tensors without data (torch's fake tensors), and a
+ledger counts every storage that they would have while it lives: weights in fp32, their bf16 copies, gradients,
+AdamW's two moments, and what the backward pass keeps. All rows have full length, so this is the most a run can need.
+What the libraries hold beside tensors (a CUDA context: about half a gigabyte) is not in it.
 """
 
+import copy
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
+
+from ..config import Config
+from ..dpo import dpo_loss, sequence_log_probs
+from ..engine.forward import Cache, Model, compute_in, recompute_activations, sampling, sequence_logits
+from ..engine.models import pick_device, pick_precision, read_model_config
+from ..engine.text import Batch
+from ..engine.training import adamw, gradient_step
+from ..pipeline.options import parse
+from ..policy import next_token
+from ..ppo import Models, Piece, Rollout, piece_loss
+from ..reward import bradley_terry_loss
+from ..sft import sft_loss
 
 GB = 1e9
 
 
 def configs() -> dict[str, PretrainedConfig]:
     """The three models of the README, by their published shapes. No weights are needed to count."""
+    smollm2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    smollm2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    qwen = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+    qwen |= {"num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
     return {
         "gpt2": GPT2Config(),
-        "HuggingFaceTB/SmolLM2-135M": LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            tie_word_embeddings=True,
-        ),
-        "Qwen/Qwen2.5-0.5B": Qwen2Config(
-            vocab_size=151936,
-            hidden_size=896,
-            intermediate_size=4864,
-            num_hidden_layers=24,
-            num_attention_heads=14,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-        ),
+        "HuggingFaceTB/SmolLM2-135M": LlamaConfig(**smollm2),
+        "Qwen/Qwen2.5-0.5B": Qwen2Config(**qwen),
     }
 
 
@@ -51,40 +60,234 @@ def count_parameters(config: PretrainedConfig) -> int:
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
 
 
-def training_bytes(
-    config: PretrainedConfig,
-    rows: int,
-    prompt_tokens: int,
-    response_tokens: int,
-    separate_critic: bool = True,
-    recompute: bool = False,
-) -> tuple[int, int]:
-    """(bytes of weights and optimiser, bytes of one forward pass of `rows` rows), as the module says."""
-    models = 2 if separate_critic else 1
-    fixed = count_parameters(config) * (18 * models + 4 + 4)
-    feed_forward = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    wide, fed = (10, 2) if config.model_type == "gpt2" else (17, 4)
-    inside = (wide * config.hidden_size + fed * feed_forward) * 2  # a token in a layer
-    layers = models * config.num_hidden_layers
-    per_token = layers * config.hidden_size * 4 + inside if recompute else layers * inside
-    logits = rows * response_tokens * config.vocab_size * 3 * 4
-    return fixed, rows * (prompt_tokens + response_tokens) * per_token + logits
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, from when they are made to when nothing holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known, self.bytes, self.peak = weakref.WeakSet(), 0, 0
+
+    def __torch_dispatch__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.add(tensor.untyped_storage())
+        return result
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        if storage in self.known:
+            return
+        self.known.add(storage)
+        size = storage.nbytes()
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self.drop, size)
+
+    def drop(self, size: int) -> None:
+        self.bytes -= size
 
 
-def main(rows: int = 8, prompt_tokens: int = 256, response_tokens: int = 128) -> None:
-    """Print the table of the README."""
-    print("| model | parameters | weights and optimisers | forward and backward | together | recomputing activations |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for name, config in configs().items():
-        (fixed, moving), (_, less) = (
-            training_bytes(config, rows, prompt_tokens, response_tokens, recompute=recompute)
-            for recompute in (False, True)
+# ------------------------------------------------------------------------------ one step of each stage, at full length
+
+
+@dataclass
+class Shape:
+    """What a stage's memory depends on besides the model."""
+
+    model: PretrainedConfig
+    rows: int  # of one forward and backward pass: responses, demonstrations or pairs
+    pieces: int  # such passes in a step
+    prompt: int  # tokens
+    response: int
+    sampled: int  # responses sampled at once
+    critic: str
+    recompute: bool
+    dtype: torch.dtype
+
+
+def language_model(shape: Shape) -> Model:
+    return compute_in(AutoModelForCausalLM.from_config(shape.model).eval(), shape.dtype)
+
+
+def scalar(shape: Shape) -> Model:
+    config = copy.deepcopy(shape.model)
+    config.num_labels = 1
+    return compute_in(AutoModelForSequenceClassification.from_config(config).eval(), shape.dtype)
+
+
+def full_batch(rows: int, shape: Shape) -> Batch:
+    """Rows whose prompts and responses fill all columns."""
+    prompts, responses = (torch.ones(rows, n, dtype=torch.long) for n in (shape.prompt, shape.response))
+    return Batch(prompts, prompts > 0, responses, responses > 0)
+
+
+def one_step(loss_of: Callable, optimizers: list, pieces: int) -> None:
+    """A later step: AdamW's moments are there, and before the last of several pieces the gradients of others, too."""
+    parameters = [p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]]
+    for has_gradients in (True, pieces > 1):
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if has_gradients else None
+        if optimizers[0].state:
+            loss_of().backward()
+        for optimizer in optimizers:
+            gradient_step(optimizer, 1e-6)
+
+
+def sft_stage(shape: Shape) -> None:
+    model, batch = language_model(shape), full_batch(shape.rows, shape)
+    one_step(lambda: sft_loss(model, batch), [adamw(model)], shape.pieces)
+
+
+def reward_stage(shape: Shape) -> None:
+    model, sequences = scalar(shape), [[1] * (shape.prompt + shape.response)] * (2 * shape.rows)
+
+    def loss() -> Tensor:
+        return bradley_terry_loss(*sequence_logits(model, sequences, 0).squeeze(1).chunk(2))
+
+    one_step(loss, [adamw(model)], shape.pieces)
+
+
+def dpo_stage(shape: Shape) -> None:
+    policy, batch = language_model(shape), full_batch(2 * shape.rows, shape)
+    ref_policy = language_model(shape).requires_grad_(False)
+
+    def loss() -> Tensor:
+        with torch.no_grad():
+            reference = sequence_log_probs(ref_policy, batch).chunk(2)
+        return dpo_loss(*sequence_log_probs(policy, batch).chunk(2), *reference, 0.1)[0]
+
+    one_step(loss, [adamw(policy)], shape.pieces)
+
+
+def ppo_stage(shape: Shape, config: Config) -> None:
+    """Update, and the sampling of the rollout that follows, when AdamW's moments are there."""
+    policy, reward = language_model(shape), scalar(shape).requires_grad_(False)
+    kinds = {"none": lambda: None, "shared": lambda: nn.Linear(shape.model.hidden_size, 1)}
+    critic = kinds.get(shape.critic, partial(scalar, shape))()
+    networks = [network for network in (policy, critic) if network is not None]
+    models = Models(policy, language_model(shape).requires_grad_(False), critic, None)
+    if shape.recompute:
+        for network in networks:
+            recompute_activations(network)
+    batch, table = full_batch(shape.rows, shape), torch.zeros(shape.rows, shape.response)
+    piece = Piece(torch.arange(shape.rows), batch)
+    rollout = Rollout([], [], None, batch, [], table, table, table, table, table, table)
+    one_step(lambda: piece_loss(models, rollout, piece, config.ppo)[0], [*map(adamw, networks)], shape.pieces)
+    sample_and_score(policy, reward, min(config.ppo.batch_size, shape.sampled), shape)
+
+
+def sampling_stage(shape: Shape) -> None:
+    sample_and_score(language_model(shape), scalar(shape).requires_grad_(False), shape.sampled, shape)
+
+
+@torch.no_grad()
+def sample_and_score(policy: Model, reward: Model, rows: int, shape: Shape) -> None:
+    """The last token of `rows` responses, when the cache is longest, and the pass of the reward model over them."""
+    ids = torch.ones(rows, shape.prompt + shape.response - 1, dtype=torch.long)
+    with sampling(policy):
+        cache = Cache(policy, ids > 0, 1)
+        cache.next_logits(ids)
+        logits = cache.next_logits(ids[:, :1])
+        next_token(logits, torch.empty_like(logits).exponential_())
+    del cache
+    sequence_logits(reward, [[1] * (shape.prompt + shape.response)] * rows, 0)
+
+
+# ------------------------------------------------------------------------------------------------------ the answer
+
+
+def stages_of(config: Config, model: PretrainedConfig, dtype: torch.dtype) -> dict[str, tuple[Callable, Shape]]:
+    """The stages of a run that need memory, each as a function and what to call it with."""
+    micro, data, run = config.run.micro_batch_size, config.data, config.run
+    lengths = data.max_prompt_tokens, data.max_response_tokens, run.sampling_batch_size
+
+    def shape(step: int) -> Shape:
+        rows = min(micro or step, step)
+        return Shape(
+            model, rows, -(-step // rows), *lengths, config.ppo.critic, config.ppo.recompute_activations, dtype
         )
-        print(
-            f"| {name} | {count_parameters(config) / 1e6:.0f}M | {fixed / GB:.1f} GB | {moving / GB:.1f} GB "
-            f"| {(fixed + moving) / GB:.1f} GB | {(fixed + less) / GB:.1f} GB |"
-        )
+
+    stages = {"sft": (sft_stage, shape(config.sft.batch_size))}
+    if config.reward.source == "train":
+        stages["reward"] = reward_stage, shape(config.reward.batch_size)
+    stages["baselines"] = sampling_stage, shape(1)
+    stages["ppo"] = partial(ppo_stage, config=config), shape(config.ppo.batch_size // config.ppo.minibatches)
+    if "dpo" in config.method_list():
+        stages["dpo"] = dpo_stage, shape(config.dpo.batch_size)
+    return stages
+
+
+def stage_bytes(stage: Callable, shape: Shape) -> int:
+    """The most bytes that a stage's tensors hold at once."""
+    with FakeTensorMode(), Ledger() as ledger:
+        stage(shape)
+    return ledger.peak
+
+
+def model_shape(config: Config) -> PretrainedConfig:
+    """The architecture of --model: of a known name, of the tiny model, or as its config.json says."""
+    model = config.model
+    if model.name == "tiny":
+        vocabulary = 50 if config.data.dataset == "reviews" else model.vocab_size
+        context = config.data.max_prompt_tokens + config.data.max_response_tokens
+        sizes = {"n_embd": model.width, "n_layer": model.layers, "n_head": model.heads}
+        return GPT2Config(vocab_size=vocabulary, n_positions=context, **sizes)
+    return configs().get(model.name) or read_model_config(model.name)
+
+
+def knob_of(stage: str, config: Config) -> str:
+    """The option that lowers a stage's memory most."""
+    if stage == "baselines":
+        return f"--sampling-batch-size (now {config.run.sampling_batch_size})"
+    if config.run.micro_batch_size != 1:
+        return f"--micro-batch-size (now {config.run.micro_batch_size or 'a whole step'})"
+    return "--max-prompt-tokens and --max-response-tokens" + (" or --ppo-critic shared" if stage == "ppo" else "")
+
+
+def main(arguments: list[str]) -> None:
+    """Print what the stages of one run need; without options, the table of the README."""
+    _, _, config = parse(arguments)
+    if not arguments:
+        print_readme_table()
+        return
+    model = model_shape(config)
+    dtype = pick_precision(config.run.precision, pick_device(config.run.device, config.model.name == "tiny"))
+    needs = {name: stage_bytes(*stage) for name, stage in stages_of(config, model, dtype).items()}
+    print(f"{config.model.name}: {count_parameters(model) / 1e6:.1f}M parameters, {str(dtype).removeprefix('torch.')}")
+    for name, size in needs.items():
+        print(f"  {name:<10} {size / GB:6.2f} GB")
+    worst = max(needs, key=needs.get)
+    print(f"the most is {needs[worst] / GB:.2f} GB, in {worst}: {knob_of(worst, config)} lowers it")
+
+
+def print_readme_table() -> None:
+    """The three models in bf16, with the defaults of a pretrained model."""
+    print("| model | parameters | SFT | reward | sampling | PPO | PPO, shared critic | PPO, recomputing | DPO |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, model in configs().items():
+        sizes = []
+        for changes in ({"methods": "ppo,dpo"}, {"critic": "shared"}, {"recompute_activations": True}):
+            config = Config.for_model(name)
+            for group in (config.run, config.ppo):
+                vars(group).update({key: value for key, value in changes.items() if hasattr(group, key)})
+            sizes.append({key: stage_bytes(*stage) for key, stage in stages_of(config, model, torch.bfloat16).items()
+                          if not sizes or key == "ppo"})  # fmt: skip
+        first, shared, recomputing = sizes
+        cells = [
+            first["sft"],
+            first["reward"],
+            first["baselines"],
+            first["ppo"],
+            shared["ppo"],
+            recomputing["ppo"],
+            first["dpo"],
+        ]
+        numbers = " | ".join(f"{size / GB:.1f} GB" for size in cells)
+        print(f"| {name} | {count_parameters(model) / 1e6:.0f}M | {numbers} |", flush=True)
+    config = Config.for_model("pretrained")
     print(
-        f"\nPPO with a separate critic, {rows} rows a forward pass (--ppo-micro-batch-size {rows}), {prompt_tokens} "
-        f"prompt and {response_tokens} response tokens; computed, not measured."
+        f"\nbf16 over fp32 weights, {config.run.micro_batch_size} rows a pass (--micro-batch-size), "
+        f"{config.data.max_prompt_tokens} prompt and {config.data.max_response_tokens} response tokens; computed."
     )

@@ -7,6 +7,7 @@ run and an uninterrupted one see the same numbers.
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -101,14 +102,23 @@ def first_line(error: Exception) -> str:
 
 
 class Progress(tqdm):
-    """A bar with rate and time left. Where the output is no terminal, and in worker processes, it is silent."""
+    """A bar with rate and time left. Where the output is no terminal it is a line every minute instead."""
 
-    hidden = None  # None: silent where the output is no terminal
+    hidden = False  # True in worker processes
 
     def __init__(self, total: int, title: str, start: int = 0) -> None:
-        super().__init__(
-            total=total, initial=start, desc=f"  {title}", disable=self.hidden, leave=False, dynamic_ncols=True
-        )
+        self.moves = sys.stderr.isatty()
+        pace = {"dynamic_ncols": True} if self.moves else {"mininterval": 60, "delay": 60, "miniters": 1, "ncols": 100}
+        super().__init__(total=total, initial=start, desc=f"  {title}", disable=self.hidden, leave=False, **pace)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
+        """tqdm's own way to the screen; `msg` is empty when the bar has to vanish, which a line in a file can't."""
+        if self.moves:
+            return super().display(msg, pos)
+        if msg != "":
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+        return None
 
 
 def slices(rows: list, size: int, title: str, start: int = 0) -> Iterator[tuple[int, list]]:

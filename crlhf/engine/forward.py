@@ -6,11 +6,15 @@ wrappers called), so `lean_states` does the same arithmetic on the library's own
 the same parameters. Every other model goes through the library. `tests/test_policy.py` holds the two to the same
 numbers.
 
+Weights are kept in fp32. In bf16 only the matrix products of the blocks are computed: what they add up to, and all
+heads (logits, values, rewards), stay in fp32, for a bf16 logit of 64 can be off by a quarter.
+
 Columns that are padding have mask False. A token's position is its place among the real ones of its row.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -32,43 +36,95 @@ def context_length(model_config: PretrainedConfig) -> float:
     return length or math.inf
 
 
-def autocast(device: torch.device) -> AbstractContextManager:
-    """bf16 matrix products on CUDA over fp32 weights; plain fp32 elsewhere."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+def compute_in(model: Model, dtype: torch.dtype) -> Model:
+    """From now on the matrix products of this model, and of copies of it, come out in `dtype`: fp32 or bf16."""
+    model.compute_dtype = dtype
+    return model
+
+
+def autocast(model: Model) -> AbstractContextManager:
+    """Matrix products in the model's own precision. Without `compute_in` that is fp32."""
+    dtype = getattr(model, "compute_dtype", torch.float32)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(model.device.type, dtype)
+
+
+@contextmanager
+def sampling(model: Model) -> Iterator[None]:
+    """No gradients, and every weight is cast once for all tokens: autocast remembers its casts until its outermost
+    context ends. It doesn't in inference mode, which is otherwise the quicker way to do without gradients."""
+    no_gradients = torch.inference_mode if isinstance(autocast(model), nullcontext) else torch.no_grad
+    with autocast(model), no_gradients():
+        yield
+
+
+def in_fp32(head: nn.Module, states: Tensor) -> Tensor:
+    """A linear head on hidden states, in fp32 whatever is around it."""
+    with torch.autocast(states.device.type, enabled=False):
+        return F.linear(states.float(), head.weight, head.bias)
+
+
+@contextmanager
+def library_head(model: Model) -> Iterator[list[Tensor]]:
+    """The library's LM head, in fp32; yields a list that receives the hidden states it is given. Asking the library
+    for hidden states would keep those of every layer."""
+    head, seen = model.get_output_embeddings(), []
+
+    def forward(states: Tensor) -> Tensor:
+        seen.append(states)
+        return in_fp32(head, states)
+
+    head.forward = forward
+    try:
+        yield seen
+    finally:
+        del head.forward
+
+
+def library_inputs(model: Model, ids: Tensor, mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+    """What the library wants to be told: (B, n) ids that are the last of the (B, L) columns so far.
+
+    From a mask of (B, L) it would make one of (B, 1, n, L) at every call, and ask a GPU whether it needs one. Models
+    of Llama's kind take ours. Others may read more from the mask (BLOOM its positions), or hide more (a window).
+    """
+    n, L, window = ids.shape[1], mask.shape[1], getattr(model.config, "sliding_window", None)
+    of_llamas_kind = hasattr(model.base_model, "rotary_emb") and model.config._attn_implementation == "sdpa"
+    mask = seen_mask(mask, n, L) if of_llamas_kind and L <= (window or L) else mask.long()
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
 
 
 def hidden_states(model: Model, ids: Tensor, mask: Tensor, last: int) -> Tensor:
     """Final hidden states of the `last` columns: (B, L) ids and mask -> (B, last, D)."""
-    with autocast(ids.device):
+    with autocast(model):
         if is_lean(model):
             return lean_states(model.transformer, ids, mask, positions(mask), last)
-        inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions(mask)}
+        inputs = library_inputs(model, ids, mask, positions(mask))
         return model.base_model(**inputs, use_cache=False).last_hidden_state[:, -last:]
 
 
 def logits_and_states(model: Model, ids: Tensor, mask: Tensor, last: int) -> tuple[Tensor, Tensor]:
     """Next-token logits after the `last` columns, and the hidden states they come from: (B, last, V), (B, last, D)."""
-    with autocast(ids.device):
-        if is_lean(model):
-            states = lean_states(model.transformer, ids, mask, positions(mask), last)
-            return model.lm_head(states), states
-        kept = []  # what the library feeds into its LM head; asking it for hidden states would keep every layer's
-        hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-        inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions(mask)}
-        logits = model(**inputs, use_cache=False, logits_to_keep=last).logits
-        hook.remove()
-        return logits, kept[0]
+    if is_lean(model):
+        states = hidden_states(model, ids, mask, last)
+        return in_fp32(model.lm_head, states), states
+    with autocast(model), library_head(model) as seen:
+        inputs = library_inputs(model, ids, mask, positions(mask))
+        return model(**inputs, use_cache=False, logits_to_keep=last).logits, seen[0]
 
 
 def sequence_logits(model: Model, sequences: list[list[int]], pad_id: int) -> Tensor:
     """What a sequence classifier says about each of B sequences of ids, read at its last token: (B, labels)."""
-    device = model.device
-    with autocast(device):
-        if is_lean(model):  # padded on the left, the last tokens of all rows stand in one column
-            ids, mask = (tensor.to(device) for tensor in pad(sequences, pad_id, "left"))
-            return model.score(lean_states(model.transformer, ids, mask, positions(mask), 1)[:, -1]).float()
-        ids, mask = (tensor.to(device) for tensor in pad(sequences, pad_id, "right"))
-        return model(input_ids=ids, attention_mask=mask.long()).logits.float()
+    if hasattr(model, "score"):  # a causal model: padded on the left, the last tokens of all rows stand in one column
+        ids, mask = (tensor.to(model.device) for tensor in pad(sequences, pad_id, "left"))
+        return in_fp32(model.score, hidden_states(model, ids, mask, 1)[:, -1])
+    ids, mask = (tensor.to(model.device) for tensor in pad(sequences, pad_id, "right"))
+    return model(input_ids=ids, attention_mask=mask.long()).logits.float()
+
+
+class OneTypeCache(DynamicCache):
+    """The library's cache. Under autocast its keys, fresh from fp32 rotations, would be kept in fp32."""
+
+    def update(self, keys: Tensor, values: Tensor, *arguments: object, **others: object) -> tuple[Tensor, Tensor]:
+        return super().update(keys.to(values.dtype), values, *arguments, **others)
 
 
 class Cache:
@@ -85,22 +141,23 @@ class Cache:
         self.position = positions(prompt_mask)  # (B, n) of the tokens that come next
         if is_lean(model):
             size = (config.n_layer, 2, B, config.n_head, self.length, config.n_embd // config.n_head)
-            with autocast(prompt_mask.device):
+            with autocast(model):
                 self.store = torch.zeros(size, device=prompt_mask.device, dtype=product_dtype(prompt_mask.device))
         else:
-            self.library = DynamicCache(config=config)
+            self.library = OneTypeCache(config=config)
 
     def next_logits(self, ids: Tensor) -> Tensor:
         """Read (B, n) new ids and return the logits of the token after them: (B, V)."""
         mask = self.mask[:, : self.n_columns + ids.shape[1]]
-        with autocast(ids.device):
+        with autocast(self.model):
             if is_lean(self.model):
                 states = lean_states(self.model.transformer, ids, mask, self.position, 1, self)
-                logits = self.model.lm_head(states[:, -1])
+                logits = in_fp32(self.model.lm_head, states[:, -1])
             else:
-                inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": self.position}
-                inputs |= {"past_key_values": self.library, "use_cache": True, "logits_to_keep": 1}
-                logits = self.model(**inputs).logits[:, -1]
+                inputs = library_inputs(self.model, ids, mask, self.position)
+                with library_head(self.model):
+                    output = self.model(**inputs, past_key_values=self.library, use_cache=True, logits_to_keep=1)
+                logits = output.logits[:, -1]
         self.n_columns, self.position = self.n_columns + ids.shape[1], self.position[:, -1:] + 1
         return logits
 
@@ -171,20 +228,23 @@ def lean_states(
 
 
 def hiding_mask(mask: Tensor, n: int, length: int, dtype: torch.dtype) -> Tensor:
-    """(B, columns so far) bool of real tokens -> (B, 1, n, length) to add to the scores: 0 or -inf, made once for
-    all layers.
+    """`seen_mask` as numbers to add to the scores: 0 or -inf, (B, 1, n, length), made once for all layers."""
+    seen = seen_mask(mask, n, length)
+    return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill_(~seen, float("-inf"))
+
+
+def seen_mask(mask: Tensor, n: int, length: int) -> Tensor:
+    """Which columns the last n see: (B, columns so far) bool of real tokens -> (B, 1, n, length) bool.
 
     A new token sees itself and the real tokens before it. Padding sees itself, so that no row of the softmax
     is empty. Columns from there to `length` are yet to come, and hidden.
     """
     L = mask.shape[1]
     if n == 1:
-        seen = F.pad(mask, (0, length - L))[:, None, None]
-    else:
-        column = torch.arange(L, device=mask.device)
-        row = column[L - n :, None]
-        seen = (((column <= row) & mask[:, None, :]) | (column == row))[:, None]
-    return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill_(~seen, float("-inf"))
+        return F.pad(mask, (0, length - L))[:, None, None]
+    column = torch.arange(L, device=mask.device)
+    row = column[L - n :, None]
+    return (((column <= row) & mask[:, None, :]) | (column == row))[:, None]
 
 
 def through_block(block: nn.Module, x: Tensor, hidden: Tensor, last: int, store: Tensor | None, start: int) -> Tensor:

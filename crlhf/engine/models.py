@@ -31,14 +31,21 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 
-def pick_device(name: str) -> torch.device:
-    """'auto' takes CUDA, then Apple's MPS, then the CPU. A device that isn't there is the user's mistake."""
+def pick_device(name: str, is_tiny: bool) -> torch.device:
+    """'auto' takes CUDA, then Apple's MPS, then the CPU; for tiny models the CPU, which is quicker for them.
+    A device that isn't there is the user's mistake."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(device for device in there if there[device])
+        name = "cpu" if is_tiny else next(device for device in there if there[device])
     if not there[name]:
         raise UserError(f"--device {name}: this machine (or this build of torch) has no {name}; use --device cpu")
     return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """'auto' is bf16 on GPUs that have it in hardware (older ones emulate it, slowly), else fp32."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if name == "bf16" or (name == "auto" and has_bf16) else torch.float32
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -5,10 +5,11 @@ P + t - 1. Masks are built from positions and never from the identity of a token
 the EOS token, and a mask that hides padding by its id hides the EOS from the loss, so the policy never learns to stop.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -30,7 +31,7 @@ class Batch:
     def __getitem__(self, rows: Tensor | list[int]) -> "Batch":
         """Some rows, without the columns that are padding in all of them."""
         prompt_mask, response_mask = self.prompt_mask[rows], self.response_mask[rows]
-        P, T = int(prompt_mask.sum(1).max()), max(int(response_mask.sum(1).max()), 1)
+        P, T = torch.stack([prompt_mask.sum(1).max(), response_mask.sum(1).max().clamp(min=1)]).tolist()
         responses = self.response_ids[rows][:, :T], response_mask[:, :T]
         return Batch(self.prompt_ids[rows][:, -P:], prompt_mask[:, -P:], *responses)
 
@@ -79,6 +80,18 @@ def make_batch(tokenizer: Tokenizer, prompts: list[str], responses: list[str], m
     sequences = [encode_response(tokenizer, text) + [tokenizer.eos_token_id] for text in responses]
     responses_padded = pad([ids[:max_response_tokens] for ids in sequences], tokenizer.pad_token_id, "right")
     return Batch(*pad_prompts(tokenizer, prompts), *responses_padded)
+
+
+def join(batches: Sequence[Batch], pad_id: int) -> Batch:
+    """Batches one below the other, as wide as the widest of them."""
+    P = max(batch.prompt_ids.shape[1] for batch in batches)
+    T = max(batch.response_ids.shape[1] for batch in batches)
+    wide = []
+    for batch in batches:
+        left, right = (P - batch.prompt_ids.shape[1], 0), (0, T - batch.response_ids.shape[1])
+        prompts = F.pad(batch.prompt_ids, left, value=pad_id), F.pad(batch.prompt_mask, left)
+        wide.append((*prompts, F.pad(batch.response_ids, right, value=pad_id), F.pad(batch.response_mask, right)))
+    return Batch(*map(torch.cat, zip(*wide)))
 
 
 def decode(tokenizer: Tokenizer, response_ids: Tensor, response_mask: Tensor) -> list[str]:

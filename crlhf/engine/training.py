@@ -21,6 +21,7 @@ from .files import Progress, append_jsonl, shuffled, write_jsonl
 
 MAX_GRAD_NORM = 1.0  # gradients longer than this are shortened to it
 SAVING_SHARE = 20  # saving takes at most one part in so many of the time
+METRICS_SECONDS = 5  # after so many, metrics.jsonl gets the rows that are new
 
 
 @dataclass
@@ -32,27 +33,46 @@ class Job:
     seed: int = RunConfig.seed
     max_response_tokens: int = DataConfig.max_response_tokens
     checkpoint_seconds: float = RunConfig.checkpoint_seconds
-    sampling_batch_size: int = RunConfig.sampling_batch_size  # responses at once, where no config says it
+    sampling_batch_size: int = RunConfig.sampling_batch_size  # responses sampled or scored at once
+    micro_batch_size: int = RunConfig.micro_batch_size  # rows of one forward and backward pass (0: of a whole step)
 
 
 def fit(
-    model: torch.nn.Module, rows: list[dict], loss_of: Callable, config: object, job: Job, warmup: float
+    model: torch.nn.Module,
+    rows: list[dict],
+    loss_of: Callable,
+    config: object,
+    job: Job,
+    warmup: float,
+    head_lr: float | None = None,
 ) -> list[dict]:
     """Train `model` in place on rows, config.batch_size a step, for config.epochs. Returns every step's metrics.
 
-    loss_of: rows of a step -> (scalar loss, dict of further metrics). warmup: share of the steps over which the
-    learning rate rises to config.lr.
+    loss_of: some rows of a step -> dict of scalars that are summed over them: 'loss', 'count' (what it is divided by in
+    the end, tokens or pairs), and further metrics. Summed, the pieces of a step give the gradient of the whole.
+    warmup: share of the steps over which the learning rate rises to config.lr. head_lr: peak for the head `score`.
     """
-    optimizer = adamw(model)
+    optimizer = adamw(model) if head_lr is None else adamw(model, model.score, head_lr / max(config.lr, 1e-12))
     checkpoint = Checkpoint(job, model=model, optimizer=optimizer)
     total = steps_in(len(rows), config.batch_size, config.epochs)
     for step in checkpoint.steps(total):
-        loss, metrics = loss_of([rows[i] for i in rows_of_step(len(rows), config.batch_size, step, job.seed, job.name)])
-        loss.backward()
-        lr = learning_rate(step, total, config.lr, warmup)
-        grad_norm = gradient_step(optimizer, lr)
-        require_finite(loss.item() + grad_norm, job.name, step, f"--{job.name}-lr", config.lr)
-        checkpoint.log({"step": step, "loss": loss.item(), **metrics, "grad_norm": grad_norm, "lr": lr}, "loss")
+        batch = [rows[i] for i in rows_of_step(len(rows), config.batch_size, step, job.seed, job.name)]
+        size, sums = job.micro_batch_size or len(batch), []
+        batch.sort(key=lambda row: len(str(row)))  # pieces of rows that are alike in length hold less padding
+        for first in range(0, len(batch), size):
+            scalars = loss_of(batch[first : first + size])
+            scalars["loss"].backward()
+            sums.append(torch.stack([scalar.detach().float() for scalar in scalars.values()]))
+        sums = dict(zip(scalars, torch.stack(sums).sum(0)))
+        count, lr = sums.pop("count"), learning_rate(step, total, config.lr, warmup)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= count
+        sums["grad_norm"] = gradient_step(optimizer, lr) * count
+        means = torch.stack([*sums.values()]) / count
+        row = dict(zip(sums, means.tolist()))  # a GPU has to wait for this, so it is done once
+        require_finite(row["loss"] + row["grad_norm"], job.name, step, f"--{job.name}-lr", config.lr)
+        checkpoint.log({"step": step, **row, "lr": lr}, "loss")
     return checkpoint.rows
 
 
@@ -93,25 +113,31 @@ def steps_in(n: int, batch_size: int, epochs: float) -> int:
 def learning_rate(step: int, total: int, peak: float, warmup: float = 0.0) -> float:
     """Linear rise over `warmup * total` steps, then a linear fall that would reach 0 at step `total`."""
     rise = warmup * total
-    return peak * min((step + 1) / rise if rise else 1.0, (total - step) / max(total - rise, 1))
+    return peak * min((step + 1) / rise if rise else 1.0, (total - step) / max(total - rise, 1), 1.0)
 
 
-def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
-    """AdamW as in PPO for language models: eps 1e-5, no weight decay. The step sets the learning rate."""
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(model.parameters(), lr=0.0, eps=1e-5, weight_decay=0.0, fused=fused)
+def adamw(model: torch.nn.Module, head: torch.nn.Module | None = None, times: float = 1.0) -> torch.optim.AdamW:
+    """AdamW as in PPO for language models: eps 1e-5, no weight decay. The step sets the learning rate.
 
-
-def gradient_step(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    """Bound the gradient's norm, step, clear the gradients. Returns the norm before it was bounded.
-
-    A norm that isn't finite leaves the weights as they are; the caller decides what to say.
+    times: how many times as fast a new head learns as the rest.
     """
-    (group,) = optimizer.param_groups
-    norm = float(torch.nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM))
-    if math.isfinite(norm):
-        group["lr"] = lr
-        optimizer.step()
+    new = set() if head is None else set(head.parameters())
+    groups = [{"params": [p for p in model.parameters() if p not in new], "times": 1.0}]
+    groups += [{"params": list(new), "times": times}] if new else []
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=0.0, eps=1e-5, weight_decay=0.0, fused=fused)
+
+
+def gradient_step(optimizer: torch.optim.Optimizer, lr: float) -> torch.Tensor:
+    """Bound the gradient's norm, step, clear the gradients. Returns the norm before it was bounded, a scalar.
+
+    One that isn't finite spoils the weights: the caller finds it in the statistics, stops, and says so.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("times", 1.0)
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -149,7 +175,7 @@ class Checkpoint:
         start = self.resume()
         write_jsonl(self.metrics, self.rows)  # without what was logged after the last checkpoint
         self.n_written = len(self.rows)
-        last_save, cost = time.monotonic(), 0.0
+        last_save, cost, last_metrics = time.monotonic(), 0.0, time.monotonic()
         with Progress(total, self.job.name, start) as self.bar:
             for step in range(start, total):
                 yield step
@@ -158,8 +184,11 @@ class Checkpoint:
                 if time.monotonic() - last_save >= wait:
                     started = time.monotonic()
                     self.save(step + 1)
-                    last_save = time.monotonic()
+                    last_save = last_metrics = time.monotonic()
                     cost = last_save - started
+                elif time.monotonic() - last_metrics > METRICS_SECONDS:  # whoever watches needn't wait for a checkpoint
+                    self.write_metrics()
+                    last_metrics = time.monotonic()
         self.write_metrics()
         self.file.unlink(missing_ok=True)
 
@@ -199,7 +228,7 @@ class Checkpoint:
     def log(self, row: dict, *shown: str) -> None:
         """Keep a row of metrics; those named in `shown` appear beside the progress bar."""
         self.rows.append({name: as_float(value) for name, value in row.items()})
-        self.bar.set_postfix({name: f"{row[name]:.2f}" for name in shown if name in row}, refresh=False)
+        self.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row}, refresh=False)
 
 
 def as_float(value: object) -> object:

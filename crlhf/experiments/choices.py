@@ -104,7 +104,7 @@ def sampling(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
         out = runs[(row["setting"], row["method"]), row["seed"]]
         means, first_steps = baseline_means(out), read_jsonl(out / "contrastive" / "metrics.jsonl")[:3]
         row["bias"] = statistics.fmean(means[prompt] - true_means[row["seed"]][prompt] for prompt in means)
-        row["within_prompt_variance"] = read_json(out / "baselines" / "variance.json")["within_prompt_variance"]
+        row["within_prompt_variance"] = read_json(out / "baselines" / "variance.json")["within"]
         row["start_variance"] = statistics.fmean(step["contrastive_variance"] for step in first_steps)
     write_csv(figures / "sampling.csv", rows)
     plot_sampling(rows, figures / "sampling.png")

@@ -10,9 +10,9 @@ from torch import Tensor
 from ..contrastive import best_coefficient
 from ..engine.forward import Model
 from ..engine.text import Batch
+from ..law import variance_parts
 from ..policy import response_log_probs
 from ..ppo import whiten
-from ..reward import variance_parts
 
 # ----------------------------------------------------------------------------------------- the variance law
 

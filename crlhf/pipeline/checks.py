@@ -18,9 +18,6 @@ from .pipeline import Pipeline
 GB = 1e9
 # Which knob lowers the memory of a stage: the one to name when it runs out.
 MEMORY_KNOBS = {
-    "sft": "--sft-batch-size",
-    "reward": "--reward-batch-size",
-    "dpo": "--dpo-batch-size",
     "preferences": "--sampling-batch-size",
     "baselines": "--sampling-batch-size",
     "evaluation": "--sampling-batch-size",
@@ -100,7 +97,8 @@ def check_size(config: Config) -> None:
     refuse(parameters * 40, available, "--model-width", model.width, 0.5)  # policy and critic trained, two more kept
     row = columns * 4 * (model.layers * 16 * model.width) + data.max_response_tokens * vocabulary * 12  # bytes
     cached = columns * 8 * model.layers * model.width
-    ppo = config.ppo.micro_batch_size or config.ppo.batch_size // config.ppo.minibatches
+    micro = config.run.micro_batch_size or max(config.ppo.batch_size, config.sft.batch_size)
+    ppo = min(micro, config.ppo.batch_size // config.ppo.minibatches)
     refuse(cached + row, available, "--max-response-tokens", data.max_response_tokens, 1.0)
     refuse(
         config.run.sampling_batch_size * cached, available, "--sampling-batch-size", config.run.sampling_batch_size, 1.0
@@ -111,7 +109,7 @@ def check_size(config: Config) -> None:
         refuse(2 * config.reward.batch_size * row, available, "--reward-batch-size", config.reward.batch_size, 1.0)
     if "dpo" in config.method_list():
         refuse(2 * config.dpo.batch_size * row, available, "--dpo-batch-size", config.dpo.batch_size, 1.0)
-    refuse(ppo * row, available, "--ppo-micro-batch-size", ppo, 1.0)
+    refuse(ppo * row, available, "--micro-batch-size", ppo, 1.0)
 
 
 def refuse(needed: float, available: float, option: str, value: int, power: float) -> None:
@@ -139,5 +137,5 @@ def naming_the_knob(stage: str) -> Iterator[None]:
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
         if not out_of_memory:
             raise
-        knob = MEMORY_KNOBS.get(stage, "--ppo-micro-batch-size")
+        knob = MEMORY_KNOBS.get(stage, "--micro-batch-size")
         raise UserError(f"{stage}: out of memory ({first_line(error)[:90]}): lower {knob}, or the lengths") from None

@@ -259,8 +259,31 @@ def check_columns(columns: set[str], preferred: str, name: str) -> None:
 # ---------------------------------------------------------------------------------------- rows to a corpus
 
 
-def build_corpus(rows: list[dict], name: str, tokenizer: Tokenizer, config: DataConfig, seed: int) -> Corpus:
-    """Parse, filter, split. Raises UserError when nothing usable is left."""
+def build_corpus(
+    rows: list[dict], name: str, tokenizer: Tokenizer, config: DataConfig, seed: int, held_out_rows: list[dict] = ()
+) -> Corpus:
+    """Parse, filter, split. Raises UserError when nothing usable is left.
+
+    held_out_rows: those of config.eval_dataset; without them a share of the prompts is held out.
+    """
+    examples, notes = read_examples(rows, name, tokenizer, config)
+    if not held_out_rows:
+        return split_corpus(examples, config.eval_fraction, seed, name, notes)
+    held_out, more_notes = read_examples(held_out_rows, config.eval_dataset, tokenizer, config)
+    eval_prompts = set(example["prompt"] for example in held_out)
+    kept = [example for example in examples if example["prompt"] not in eval_prompts]
+    if len(kept) < len(examples):
+        notes.append(f"{name}: {len(examples) - len(kept)} rows dropped whose prompt is in {config.eval_dataset}")
+    order = shuffled_prompts(kept, seed)
+    if len(order) < 2:
+        raise UserError(f"{name} has only {len(order)} usable prompts that are not in {config.eval_dataset}")
+    return fill_corpus(kept + held_out, order, shuffled_prompts(held_out, seed), notes + more_notes)
+
+
+def read_examples(
+    rows: list[dict], name: str, tokenizer: Tokenizer, config: DataConfig
+) -> tuple[list[dict], list[str]]:
+    """Usable rows as texts, and notes about the others."""
     columns, preferred = set(rows[0]), config.preferred or "better_response_id"
     check_columns(columns, preferred, name)
     dropped, examples = collections.Counter(), []
@@ -282,7 +305,7 @@ def build_corpus(rows: list[dict], name: str, tokenizer: Tokenizer, config: Data
     if n_cut:
         limit = f"--max-response-tokens {config.max_response_tokens}"
         notes.append(f"{name}: {n_cut} of {len(responses)} responses are longer than {limit} and are cut there")
-    return split_corpus(examples, config.eval_fraction, seed, name, notes)
+    return examples, notes
 
 
 def parse_row(
@@ -321,16 +344,23 @@ def require_usable(example: dict[str, str], tokenizer: Tokenizer, config: DataCo
         raise Unusable(f"with a prompt longer than --max-prompt-tokens {config.max_prompt_tokens}")
 
 
+def shuffled_prompts(examples: list[dict], seed: int) -> list[str]:
+    """Their unique prompts, in an order of the seed's."""
+    unique = list(dict.fromkeys(example["prompt"] for example in examples))
+    return [unique[i] for i in shuffled(len(unique), seed, "split")]
+
+
 def split_corpus(examples: list[dict], eval_fraction: float, seed: int, name: str, notes: list[str]) -> Corpus:
     """Hold out a share of the unique prompts, and every row that has one of them."""
-    unique = list(dict.fromkeys(example["prompt"] for example in examples))
-    order = shuffled(len(unique), seed, "split")
-    n_eval = max(1, round(eval_fraction * len(unique)))
-    if len(unique) - n_eval < 2:
-        raise UserError(f"{name} has only {len(unique)} usable prompts: that is too few to train on and hold some out")
-    held_out = [unique[i] for i in order[:n_eval]]
-    corpus = Corpus([unique[i] for i in order[n_eval:]], held_out, [], notes=notes)
-    held_out = set(held_out)
+    prompts = shuffled_prompts(examples, seed)
+    n_eval = max(1, round(eval_fraction * len(prompts)))
+    if len(prompts) - n_eval < 2:
+        raise UserError(f"{name} has only {len(prompts)} usable prompts: that is too few to train on and hold some out")
+    return fill_corpus(examples, prompts[n_eval:], prompts[:n_eval], notes)
+
+
+def fill_corpus(examples: list[dict], train_prompts: list[str], eval_prompts: list[str], notes: list[str]) -> Corpus:
+    corpus, held_out = Corpus(train_prompts, eval_prompts, [], notes=notes), set(eval_prompts)
     for example in examples:
         prompt, completion = example["prompt"], example["completion"]
         if prompt not in held_out:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import NoReturn
 
-from ..config import METHODS, Config, UserError
+from ..config import METHODS, PRETRAINED, Config, ModelConfig, UserError
 
 STAGES = ("all", "data", "sft", "preferences", "reward", "baselines", *METHODS, "evaluation")
 ABOUT = """RLHF with contrastive rewards: SFT, reward model, offline baselines, PPO, comparison. Without a STAGE all
@@ -34,12 +34,18 @@ def parse(arguments: list[str]) -> tuple[str, bool, Config]:
     parser = Parser(prog="python -m crlhf", usage=usage, description=ABOUT, allow_abbrev=False)
     parser.add_argument("stage", nargs="?", default="all", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--redo", action="store_true", help="redo the stages whose settings have changed")
-    config, groups = Config(), {}
-    for name, group, knob in options(config):
+    pretrained, groups = Config.for_model("pretrained"), {}
+    for name, group, knob in options(pretrained):
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        text = f"{knob.metadata['help']} (default: {knob.default})".replace("%", "%%")
-        shown = {"metavar": knob.name.upper(), "help": text, "default": knob.default}
+        other = getattr(getattr(pretrained, group), knob.name)
+        default = (
+            f"{knob.default}; {other} with a pretrained --model"
+            if group in PRETRAINED and other != knob.default
+            else knob.default
+        )
+        text = f"{knob.metadata['help']} (default: {default})".replace("%", "%%")
+        shown = {"metavar": knob.name.upper(), "help": text, "default": argparse.SUPPRESS}
         kind = read_bool if knob.type is bool else knob.type
         groups[group].add_argument(f"--{name}", dest=f"{group}.{knob.name}", type=kind, **shown)
     for argument in arguments:
@@ -47,6 +53,7 @@ def parse(arguments: list[str]) -> tuple[str, bool, Config]:
             raise UserError(f"the argument {argument!a} is not valid UTF-8: use other names")
     values = vars(parser.parse_args(arguments))
     stage, redo = values.pop("stage"), values.pop("redo")
+    config = Config.for_model(values.get("model.name", ModelConfig.name))
     for name, value in values.items():
         group, knob_name = name.split(".")
         setattr(getattr(config, group), knob_name, value)
@@ -92,6 +99,8 @@ def check_value(name: str, value: object, allowed: dict) -> None:
 
 def contradictions(config: Config) -> Iterator[str]:
     """What can't be combined, in words that say how to mend it."""
+    if config.data.eval_dataset and config.data.dataset == "reviews":
+        yield "--eval-dataset needs a --dataset of its kind: the embedded world makes its own held-out prompts"
     ppo, batch = config.ppo, f"--ppo-batch-size {config.ppo.batch_size}"
     if ppo.batch_size % ppo.minibatches:
         multiple = max(1, ppo.batch_size // ppo.minibatches) * ppo.minibatches

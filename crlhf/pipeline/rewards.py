@@ -14,11 +14,9 @@ from pathlib import Path
 import numpy
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
 
 from ..config import RunConfig, UserError
 from ..engine.forward import Model
-from ..engine.models import load_model, load_tokenizer
 from ..engine.text import Reward, Tokenizer
 from ..reward import score_texts
 
@@ -30,9 +28,16 @@ class ModelReward:
     reward is its log-odds, log p / (1 - p).
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, max_response_tokens: int, label: str = "") -> None:
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        max_response_tokens: int,
+        label: str = "",
+        batch_size: int = RunConfig.sampling_batch_size,
+    ) -> None:
         self.model, self.tokenizer, self.max_response_tokens = model, tokenizer, max_response_tokens
-        self.batch_size, self.label = RunConfig.sampling_batch_size, 0
+        self.batch_size, self.label = batch_size, 0
         labels = model.config.id2label
         if len(labels) > 1:
             names = {str(name).lower(): number for number, name in labels.items()}
@@ -44,11 +49,12 @@ class ModelReward:
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
-        pieces = []
-        for first in range(0, len(prompts), self.batch_size):
-            texts = prompts[first : first + self.batch_size], responses[first : first + self.batch_size]
-            pieces.append(score_texts(self.model, self.tokenizer, *texts, self.max_response_tokens).cpu())
-        logits = torch.cat(pieces)
+        texts, pieces = list(zip(prompts, responses, strict=True)), []
+        order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))  # like lengths: less padding
+        for first in range(0, len(order), self.batch_size):
+            some = zip(*(texts[i] for i in order[first : first + self.batch_size]))
+            pieces.append(score_texts(self.model, self.tokenizer, *some, self.max_response_tokens).cpu())
+        logits = torch.cat(pieces)[torch.tensor(order).argsort()]
         rewards = logits[:, 0]
         if logits.shape[1] > 1:
             log_probs = logits.log_softmax(-1)
@@ -68,12 +74,6 @@ def require_numbers(rewards: Tensor, responses: list[str], who: str, mend: str) 
     if not usable.all():
         row = int((~usable).nonzero()[0])
         raise UserError(f"{who} returned {rewards[row]:g} for the response {responses[row][:60]!r}: {mend}")
-
-
-def load_model_reward(name: str, device: torch.device | str, max_response_tokens: int, label: str = "") -> ModelReward:
-    """A reward callable from a classifier's folder or hub name."""
-    model = load_model(name, AutoModelForSequenceClassification).to(device)
-    return ModelReward(model, load_tokenizer(name), max_response_tokens, label)
 
 
 def load_function_reward(spec: str) -> Reward:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..config import METHODS, Config, UserError
 from ..engine.files import read_json, write_json
+from ..engine.peak import peak_bytes, start_peak
 from . import folder, stages
 from .checks import check_answers, check_batch, check_size, naming_the_knob
 from .pipeline import Pipeline
@@ -37,11 +38,14 @@ class Stage:
 
 def make_plan(c: Config) -> dict[str, Stage]:
     """All stages of a run in order, by name."""
-    seed, size = {"seed": c.run.seed}, {"sampling_batch_size": c.run.sampling_batch_size}
+    seed = {"seed": c.run.seed, "precision": c.run.precision}
+    size = {"sampling_batch_size": c.run.sampling_batch_size}
     world = asdict(c.world) if c.data.dataset == "reviews" else {}
     raters = {key: world.pop(key) for key in ("pairs", "label_flips", "flips", "fooled") if key in world}
     noise = {key: world.pop(key) for key in ("prompt_bias", "score_noise") if key in world}
-    files = {"files": file_stamps(c.data.dataset) + file_stamps(c.model.name)}
+    files = {
+        "files": [stamp for name in (c.data.dataset, c.data.eval_dataset, c.model.name) for stamp in file_stamps(name)]
+    }
     plan = {"data": Stage(stages.build_data, {**seed, **world, **asdict(c.data), **asdict(c.model), **files}, ())}
     plan["sft"] = Stage(stages.build_sft, {**seed, **asdict(c.sft)}, ("data",))
     trains_reward = c.reward.source == "train"
@@ -49,7 +53,7 @@ def make_plan(c: Config) -> dict[str, Stage]:
         plan["preferences"] = Stage(stages.build_preferences, {**seed, **raters, **size}, ("sft",))
     files = {"files": file_stamps(c.reward.source)}
     needs = ("sft", "preferences") if trains_reward else ("data",)
-    plan["reward"] = Stage(stages.build_reward, {**seed, **asdict(c.reward), **files}, needs)
+    plan["reward"] = Stage(stages.build_reward, {**seed, **size, **asdict(c.reward), **files}, needs)
     sampled = {**seed, **noise}
     if c.contrastive.source == "offline":
         # prompts that PPO never meets need no baselines: these two numbers say which it meets
@@ -64,7 +68,9 @@ def make_plan(c: Config) -> dict[str, Stage]:
         if METHODS[name].contrast:
             contrastive = {"contrastive": asdict(c.contrastive)}
             needs += ("baselines",) if "baselines" in plan else ()
-        plan[name] = Stage(partial(stages.build_ppo, name=name), {**sampled, **asdict(c.ppo), **contrastive}, needs)
+        plan[name] = Stage(
+            partial(stages.build_ppo, name=name), {**sampled, **size, **asdict(c.ppo), **contrastive}, needs
+        )
     settings = {**seed, **size, **asdict(c.eval), "temperature": c.ppo.temperature, "files": file_stamps(c.eval.judge)}
     plan["evaluation"] = Stage(stages.build_evaluation, settings, ("sft", "reward", *c.method_list()))
     for name, stage in plan.items():
@@ -78,7 +84,7 @@ def fingerprint(value: object) -> str:
 
 def file_stamps(name: str) -> list[list]:
     """Name, size and time of change of what a knob names on this disk: FILE, FILE.py:FUNCTION, or all of a folder."""
-    if name in ("reviews", "tiny", "train", "gold", "reward", "auto"):
+    if name in ("", "reviews", "tiny", "train", "gold", "reward", "auto"):
         return []
     path = Path(name.rpartition(":")[0] if ".py:" in name else name)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
@@ -123,10 +129,14 @@ def run_stage(pipe: Pipeline, name: str, stage: Stage) -> None:
     if (part / "checkpoint.pt").exists():
         pipe.log(f"{name}: going on from a checkpoint")
     started = time.monotonic()
+    start_peak(pipe.device)
     with naming_the_knob(name):
         summary = stage.build(pipe, part)
+    cost = {"seconds": time.monotonic() - started, "peak_bytes": peak_bytes(pipe.device)}
+    write_json(part / "cost.json", cost)
     folder.finish(part, final)
-    pipe.log(f"{name}: {summary} ({time.monotonic() - started:.0f} s)")
+    memory = "" if pipe.tiny else f", {cost['peak_bytes'] / 1e9:.1f} GB"
+    pipe.log(f"{name}: {summary} ({cost['seconds']:.0f} s{memory})")
 
 
 def check_stale(pipe: Pipeline, plan: dict[str, Stage], redo: bool) -> None:
@@ -154,7 +164,7 @@ def changes(pipe: Pipeline, plan: dict[str, Stage], built: dict[str, dict]) -> l
     except (OSError, ValueError):
         old = {}
     new = asdict(pipe.config)
-    new["run"] = {"seed": pipe.config.run.seed}
+    new["run"] = {"seed": pipe.config.run.seed, "precision": pipe.config.run.precision}
     found = [
         f"{group}.{knob} was {old[group][knob]}, is {value}".removeprefix("run.")
         for group, knobs in new.items()

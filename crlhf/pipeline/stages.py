@@ -7,22 +7,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from .. import reviews
 from ..baselines import baseline_rewards, sample_baselines
-from ..config import METHODS, Config, PPOConfig, UserError
+from ..config import METHODS, BaselineConfig, Config, PPOConfig, UserError
 from ..contrastive import ContrastiveReward
 from ..dpo import train_dpo
 from ..engine.files import slices, stream, write_json, write_jsonl
 from ..engine.forward import recompute_activations
 from ..engine.models import frozen_copy, load_model, load_tokenizer, save, scalar_model, tiny_model
+from ..engine.text import encode_response
 from ..engine.tokenizers import bpe_tokenizer, training_texts, word_tokenizer
 from ..engine.training import prompt_order
 from ..evaluate import evaluate_policy
+from ..law import law_in_words, measured_law, within_correlation
 from ..policy import generate
 from ..ppo import Models, missing_eos, train_ppo
-from ..reward import preference_accuracy, train_reward_model, variance_parts
+from ..reward import preference_accuracy, train_reward_model
 from ..sft import train_sft
 from .checks import check_run
 from .data import Corpus, build_corpus, read_rows
@@ -42,7 +45,8 @@ def build_data(pipe: Pipeline, folder: Path) -> str:
     else:
         rows = read_rows(c.data.dataset, c.data.split, c.data.max_rows)
         tokenizer = tokenizer or bpe_tokenizer(training_texts(rows), c.model.vocab_size)
-        corpus = build_corpus(rows, c.data.dataset, tokenizer, c.data, c.run.seed)
+        held_out = read_rows(c.data.eval_dataset, c.data.split, c.data.max_rows) if c.data.eval_dataset else []
+        corpus = build_corpus(rows, c.data.dataset, tokenizer, c.data, c.run.seed, held_out)
         if not corpus.preferences and (c.reward.source == "train" or "dpo" in c.method_list()):
             mend = "give --reward a classifier's name or FILE.py:FUNCTION"
             if "dpo" in c.method_list():
@@ -79,7 +83,7 @@ def build_sft(pipe: Pipeline, folder: Path) -> str:
     else:
         model = load_model(c.model.name)
     demonstrations, job = pipe.rows("data", "demonstrations"), pipe.job("sft", folder)
-    rows = train_sft(model.to(pipe.device), tokenizer, demonstrations, c.sft, job)
+    rows = train_sft(pipe.place(model), tokenizer, demonstrations, c.sft, job)
     save(folder, model, tokenizer)
     return f"{model.num_parameters():,} parameters, {losses_in_words(rows)}"
 
@@ -129,17 +133,41 @@ def build_reward(pipe: Pipeline, folder: Path) -> str:
     if c.reward.source != "train":
         pipe.reward_callable(c.reward.source)(["a prompt"], ["a response"])  # fails here rather than mid-PPO
         return f"rewards come from {c.reward.source}"
-    model = scalar_model(str(pipe.path("sft")), tokenizer.pad_token_id).to(pipe.device)
+    model = pipe.place(scalar_model(str(pipe.path("sft")), tokenizer.pad_token_id))
     train_reward_model(model, tokenizer, pipe.rows("preferences", "preferences"), c.reward, pipe.job("reward", folder))
+    reward, report = pipe.model_reward(model, tokenizer), {"sd": 1.0}
+    if c.reward.normalize == "yes" or (c.reward.normalize == "auto" and not pipe.world):
+        report["sd"] = normalise(pipe, reward)
+        pipe.log(f"reward: scores of the SFT policy's responses had a standard deviation of {report['sd']:.3g}, now 1")
     save(folder, model, tokenizer)
-    held_out = pipe.rows("preferences", "eval_preferences")
-    if not held_out:
-        return "trained; no held-out pairs to report on"
-    reward = ModelReward(model, tokenizer, c.data.max_response_tokens)
-    report = preference_accuracy(reward, held_out, reviews.difficulty_name if pipe.world else None)
+    held_out, words = pipe.rows("preferences", "eval_preferences"), "trained; no held-out pairs to report on"
+    if held_out:
+        report |= preference_accuracy(reward, held_out, reviews.difficulty_name if pipe.world else None)
+        shares = ", ".join(f"{value:.0%} ({name})" for name, value in report.items() if name not in ("sd", "pairs"))
+        words = f"orders {len(held_out)} held-out pairs right: {shares}"
     write_json(folder / "accuracy.json", report)
-    shares = ", ".join(f"{value:.0%} ({name})" for name, value in report.items() if name != "pairs")
-    return f"orders held-out pairs right: {shares}"
+    return words
+
+
+NORMALISING_PROMPTS = 256
+
+
+@torch.no_grad()
+def normalise(pipe: Pipeline, reward: ModelReward) -> float:
+    """Divide a reward model's head by the standard deviation of its scores of SFT responses, and return that.
+
+    The KL price and the clip ranges then mean the same for every reward model. No preference changes.
+    """
+    prompts, policy, job = (
+        pipe.prompts("train")[:NORMALISING_PROMPTS],
+        pipe.model("sft"),
+        pipe.job("scale of the reward"),
+    )
+    rows = sample_baselines(policy, pipe.tokenizer(), reward, prompts, BaselineConfig(k=2), job)
+    sd = baseline_rewards(rows)[0].std().item()
+    if sd > 0:
+        reward.model.score.weight /= sd
+    return sd
 
 
 # ---------------------------------------------------------------------------------- contrastive rewards, PPO
@@ -150,19 +178,28 @@ def build_baselines(pipe: Pipeline, folder: Path) -> str:
     started, prompts = time.monotonic(), pipe.prompts("train")
     prompts = [prompts[i] for i in prompt_order(len(prompts), c.ppo, range(offline_iterations(c)), c.run.seed)]
     policy, reward, job = pipe.model("sft"), pipe.noisy_reward(), pipe.job("baselines", folder)
-    rows = sample_baselines(policy, pipe.tokenizer(), reward, prompts, c.baselines, job)
+    tokenizer = pipe.tokenizer()
+    rows = sample_baselines(policy, tokenizer, reward, prompts, c.baselines, job)
     write_jsonl(folder / "baselines.jsonl", rows)
     (folder / "partial.jsonl").unlink()
     rewards, has_ended = baseline_rewards(rows)
     report = {"mean": rewards.mean().item(), "ended": has_ended.float().mean().item(), "k": c.baselines.k}
     report["seconds"] = time.monotonic() - started
-    shares = ""
-    if c.baselines.k > 1:
-        between, within = variance_parts(rewards)
-        report |= {"between_prompt_variance": between, "within_prompt_variance": within}
-        shares = f", reward variance {between:.2f} between prompts, {within:.2f} within"
+    if c.baselines.k > 1 and len(rewards) > 1:
+        lengths = torch.tensor([[len(encode_response(tokenizer, y)) for y in row["responses"]] for row in rows])
+        report |= measured_law(rewards)
+        report["ended_correlation"] = within_correlation(rewards, has_ended)
+        report["length_correlation"] = within_correlation(rewards, lengths)
+        correlations = report["ended_correlation"], report["length_correlation"]
+        pipe.log(
+            "baselines: within a prompt, the score correlates {:.2f} with having ended, {:.2f} with length".format(
+                *correlations
+            )
+        )
+        for line in law_in_words(report, c.baselines.k):
+            pipe.log(f"baselines: {line}")
     write_json(folder / "variance.json", report)
-    return f"{rewards.numel()} responses, mean reward {rewards.mean():.2f}{shares}"
+    return f"{rewards.numel()} responses, {report['ended']:.0%} ended, mean reward {report['mean']:.3g}"
 
 
 def offline_iterations(config: Config) -> int:
@@ -199,7 +236,7 @@ def make_critic(pipe: Pipeline, kind: str, hidden_size: int) -> nn.Module | None
         nn.init.zeros_(head.bias)
         return head.to(pipe.device)
     stage, pad_id = "reward" if kind == "reward_model" else "sft", pipe.tokenizer().pad_token_id
-    return scalar_model(str(pipe.path(stage)), pad_id, zero_head=kind == "zero_head").to(pipe.device)
+    return pipe.place(scalar_model(str(pipe.path(stage)), pad_id, zero_head=kind == "zero_head"))
 
 
 def make_contrastive(pipe: Pipeline, contrast: str) -> ContrastiveReward:

@@ -1,0 +1,91 @@
+"""The law of contrast: what subtracting a baseline does to the variance of the reward, before PPO has changed anything.
+
+A reward model's scores of the SFT policy's responses vary between prompts and within a prompt:
+
+    between = Var_x E[r | x],   within = E_x Var(r | x),   rho = between / (between + within)
+
+A baseline of k responses removes the first part and adds noise of its own. With y and y_1 ... y_k from one policy:
+
+    Var(r - c b) / Var(r) = rho (1 - c)^2 + (1 - rho) (1 + c^2 / k)
+
+For c = 1 that is (1 - rho) (1 + 1/k): contrast pays once rho > 1 / (k + 1). The best share is
+c* = between / (between + within / k), the shrinkage factor of James and Stein, and then the ratio is 1 - rho c*.
+"""
+
+import torch
+from torch import Tensor
+
+Z = 1.959964  # two-sided 95% of the normal distribution
+
+
+def variance_parts(rewards: Tensor) -> tuple[float, float]:
+    """Split the variance of (N, k) rewards into between prompts and within a prompt (one-way ANOVA).
+
+    Returns (between, within), both unbiased: E[within] = E_x Var(r|x), E[between] = Var_x E[r|x]; their
+    sum estimates Var(r). The estimate of `between` can fall below zero when there is none.
+    """
+    k = rewards.shape[1]
+    within = rewards.var(1, correction=1).mean()
+    between = rewards.mean(1).var(correction=1) - within / k
+    return between.item(), within.item()
+
+
+def variance_ratio(rho: float, k: int, c: float = 1.0) -> float:
+    """Var(r - c b) / Var(r) with k baseline responses from the policy itself, as the module says."""
+    return rho * (1 - c) ** 2 + (1 - rho) * (1 + c**2 / k)
+
+
+def best_share(rho: float, k: int) -> float:
+    """c* at the start: between / (between + within / k), in [0, 1]."""
+    return max(rho, 0.0) / (rho + (1 - rho) / k) if rho > 0 else 0.0
+
+
+def measured_law(rewards: Tensor) -> dict[str, float]:
+    """(N, k) rewards of the SFT policy's responses -> between, within and rho with their standard errors.
+
+    Each is a smooth function of means over N independent prompts, so its standard error is that of a mean: of what
+    each prompt contributes to it (the delta method).
+    """
+    rewards = rewards.double()
+    (N, k), (between, within) = rewards.shape, variance_parts(rewards)
+    own = rewards.var(1, correction=1)  # a prompt's contribution to `within`, and to `between`
+    apart = (rewards.mean(1) - rewards.mean()) ** 2 * N / (N - 1) - own / k
+    total = between + within
+    rho = between / total if total > 0 else 0.0
+    tilt = (apart * (1 - rho) - own * rho) / total if total > 0 else torch.zeros(N)
+    errors = {"between": apart, "within": own, "rho": tilt}
+    law = {"between": between, "within": within, "rho": rho, "sd": max(total, 0.0) ** 0.5}
+    return law | {f"{name}_se": (values.std() / N**0.5).item() for name, values in errors.items()}
+
+
+def within_correlation(rewards: Tensor, feature: Tensor) -> float:
+    """Correlation of (N, k) rewards with a feature of the responses, both taken from their prompt's mean. 0 where one
+    of them doesn't vary."""
+    r, f = (values.double() - values.double().mean(1, keepdim=True) for values in (rewards, feature))
+    size = (r.square().sum() * f.square().sum()).sqrt()
+    return ((r * f).sum() / size).item() if size > 0 else 0.0
+
+
+def verdict(law: dict[str, float], k: int) -> str:
+    """Whether to expect anything of contrast with k baseline responses, in words."""
+    rho, margin, line = law["rho"], Z * law["rho_se"], 1 / (k + 1)
+    share = f"rho is {rho:.2f} ± {margin:.2f}, break-even at k = {k} is {line:.2f}"
+    if rho - margin > line:
+        return f"{share}: subtracting the baseline leaves {variance_ratio(rho, k):.0%} of the reward's variance"
+    if rho + margin < line:
+        mend = f"only a share of {best_share(rho, k):.2f} ('adaptive') would not"
+        return (
+            f"{share}: subtracting the whole baseline adds variance, {variance_ratio(rho, k):.0%} of it remain; {mend}"
+        )
+    return f"{share}: too close to tell; 'adaptive' finds the share to subtract"
+
+
+def law_in_words(law: dict[str, float], k: int) -> list[str]:
+    """The lines that a run prints after its baselines."""
+    ratios = ", ".join(f"{variance_ratio(law['rho'], n):.3g} (k = {n})" for n in (1, 2, 4, 8))
+    parts = ", ".join(f"{name} prompts {law[name]:.3g} ± {Z * law[f'{name}_se']:.2g}" for name in ("between", "within"))
+    return [
+        f"variance of the reward {parts.replace('within prompts', 'within a prompt')}",
+        f"predicted Var(r - b) / Var(r): {ratios}; best share c* = {best_share(law['rho'], k):.2g}",
+        verdict(law, k),
+    ]
