@@ -101,8 +101,8 @@ def log_ratio(policy: Model, ref_policy: Model, batch: Batch, temperature: float
     # some rows at a time: of whole batches the logits alone, (B, T, V), can take more memory than the models
     n_rows = max(1, MOST_LOGITS // (batch.response_ids.shape[1] * policy.config.vocab_size))
     ratios = []
-    for rows in torch.arange(len(batch)).split(n_rows):
-        piece = batch[rows]
+    rows = torch.arange(len(batch), device=batch.response_ids.device)
+    for piece in [batch] if n_rows >= len(batch) else (batch[some] for some in rows.split(n_rows)):
         ratio = response_log_probs(policy, piece, temperature) - response_log_probs(ref_policy, piece, temperature)
         ratios.append((ratio * piece.response_mask).sum(1))
     return torch.cat(ratios)

@@ -81,10 +81,12 @@ def verdict(law: dict[str, float], k: int) -> str:
 
 
 def law_in_words(law: dict[str, float], k: int) -> list[str]:
-    """The lines that a run prints after its baselines."""
+    """The lines that a run prints after its baselines. law: of `measured_law`, and the two correlations."""
     ratios = ", ".join(f"{variance_ratio(law['rho'], n):.3g} (k = {n})" for n in (1, 2, 4, 8))
     parts = ", ".join(f"{name} prompts {law[name]:.3g} ± {Z * law[f'{name}_se']:.2g}" for name in ("between", "within"))
+    ended, length = law["ended_correlation"], law["length_correlation"]
     return [
+        f"within a prompt, the score correlates {ended:.2f} with having ended, {length:.2f} with length",
         f"variance of the reward {parts.replace('within prompts', 'within a prompt')}",
         f"predicted Var(r - b) / Var(r): {ratios}; best share c* = {best_share(law['rho'], k):.2g}",
         verdict(law, k),

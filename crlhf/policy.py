@@ -112,14 +112,15 @@ def sample(
             response_ids[rows, t] = torch.where(alive, token, pad_id)
             response_mask[rows, t] = alive
             alive = alive & (token != eos_id)
+            if t + 1 == max_new_tokens:
+                break
             keep = rows_that_go_on(alive, len(rows)) if t % 4 == 3 else None  # to ask a GPU makes it wait
             if keep is not None:
                 if len(keep) == 0:
                     break
                 cache.keep(keep)
                 rows, alive, token = rows[keep], alive[keep], token[keep]
-            if t + 1 < max_new_tokens:
-                logits = cache.next_logits(token[:, None])
+            logits = cache.next_logits(token[:, None])
     longest = int(response_mask.any(0).sum())
     prompts = prompt_ids.repeat_interleave(k, 0), prompt_mask.repeat_interleave(k, 0)
     return Batch(*prompts, response_ids[:, :longest], response_mask[:, :longest])

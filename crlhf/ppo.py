@@ -169,11 +169,13 @@ def policy_outputs(models: Models, batch: Batch, temperature: float) -> tuple[Te
 
 def cut(batch: Batch, config: PPOConfig, micro_batch_size: int, generator: torch.Generator) -> list[list[Piece]]:
     """Random minibatches of a rollout, each in pieces of micro_batch_size rows (0: in one), short rows first."""
-    lengths, minibatches = batch.prompt_mask.sum(1) + batch.response_mask.sum(1), []
-    order = torch.randperm(len(batch), generator=generator).to(lengths.device)
-    for rows in order.split(len(batch) // config.minibatches):
-        rows = rows[lengths[rows].argsort()]
-        minibatches.append([Piece(some, batch[some]) for some in rows.split(micro_batch_size or len(rows))])
+    device, minibatches = batch.response_ids.device, []
+    lengths = torch.stack([batch.prompt_mask.sum(1), batch.response_mask.sum(1)]).cpu()  # (2, B), read once
+    for rows in torch.randperm(len(batch), generator=generator).split(len(batch) // config.minibatches):
+        minibatches.append([])
+        for some in rows[lengths[:, rows].sum(0).argsort()].split(micro_batch_size or len(rows)):
+            there = some.to(device, non_blocking=True)
+            minibatches[-1].append(Piece(there, batch.part(there, *lengths[:, some].amax(1).tolist())))
     return minibatches
 
 
@@ -245,7 +247,7 @@ def update(
             break
     names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm", "critic_grad_norm")
     history = torch.stack(history)
-    return {**dict(zip(names, history.mean(0).tolist())), "first_approx_kl": history[0, 3].item()}
+    return dict(zip((*names, "first_approx_kl"), torch.cat([history.mean(0), history[0, 3:4]]).tolist()))
 
 
 # ------------------------------------------------------------------------------------------------- the loop

@@ -50,7 +50,7 @@ def test_main_prints_every_table(monkeypatch, capsys):
     monkeypatch.setitem(benchmark.SIZES, "tiny", MICRO)
     benchmark.main(["--size", "tiny", "--rounds", "1", "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
-    assert "torch" in lines[0] and "fp32" in lines[0] and "tiny" in lines[0]
+    assert "torch" in lines[0] and "float32" in lines[0] and "tiny" in lines[0]
     tables = [line for line in lines if line.startswith("| ---")]
     assert len(tables) == 2
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith(("| s", "| a"))]

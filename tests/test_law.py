@@ -70,6 +70,8 @@ def test_the_verdict_says_what_to_expect(rho, says):
 
 
 def test_a_law_in_words_has_significant_digits():
-    lines = law.law_in_words(law.measured_law(1e-3 * rewards_of(500, 4, 0.5, 1.0)), 4)
-    assert "between prompts 4." in lines[0] or "between prompts 5." in lines[0]
-    assert "e-07" in lines[0] and "(k = 8)" in lines[1]
+    found = law.measured_law(1e-3 * rewards_of(500, 4, 0.5, 1.0))
+    lines = law.law_in_words(found | {"ended_correlation": 0.5, "length_correlation": -0.25}, 4)
+    assert "0.50 with having ended, -0.25 with length" in lines[0]
+    assert "between prompts 4." in lines[1] or "between prompts 5." in lines[1]
+    assert "e-07" in lines[1] and "(k = 8)" in lines[2] and "0.32" in lines[3]

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from conftest import kept_for_backward, llama
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BloomConfig
 
 from crlhf import policy as P
 from crlhf.engine import forward
@@ -295,3 +296,72 @@ def test_sampling_ignores_and_leaves_the_global_random_state(policy, tokenizer):
         results.append(sample_tokens(policy, tokenizer, prompts, 8, stream(5, "x"))[0])
         assert torch.initial_seed() == seed
     assert torch.equal(*results)
+
+
+# ---------------------------------------------------------------------------------------------------- precision
+
+
+def test_heads_stay_in_fp32_when_products_are_bf16(model, tokenizer, tmp_path):
+    """In bf16 a logit of 64 could be off by a quarter, and many rewards would be equal."""
+    save(tmp_path, model, tokenizer)
+    scalar = scalar_model(str(tmp_path), tokenizer.pad_token_id)
+    torch.nn.init.normal_(scalar.score.weight, generator=stream(0, "head"))
+    batch, sequences = (
+        make_batch(tokenizer, PROMPTS, RESPONSES, 24),
+        [[5, 6, 7 + i % 30, 8 + i // 30] for i in range(128)],
+    )
+    full = P.response_log_probs(model, batch)
+    for network in (model, scalar):
+        forward.compute_in(network, torch.bfloat16)
+    logits, states = P.response_logits(model, batch)
+    by_hand = states.float() @ model.get_output_embeddings().weight.T
+    assert logits.dtype == torch.float32 and torch.allclose(logits, by_hand, atol=1e-4)
+    assert not torch.equal(P.response_log_probs(model, batch), full)  # the blocks did round
+    cached = forward.Cache(model, batch.prompt_mask, 4).next_logits(batch.prompt_ids)
+    assert cached.dtype == torch.float32 and torch.allclose(cached, logits[:, 0], atol=0.3)
+    assert len(set(forward.sequence_logits(scalar, sequences, 0).flatten().tolist())) > 125
+    assert P.response_values(scalar, batch).dtype == torch.float32
+    assert "forward" not in vars(model.get_output_embeddings())  # the library's head is its own again
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of matrices to bf16, by the matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16 and args[0].requires_grad:
+            self.counts[id(args[0])] = self.counts.get(id(args[0]), 0) + 1
+        return result
+
+
+def test_sampling_casts_each_weight_once(model, tokenizer):
+    forward.compute_in(model, torch.bfloat16)
+    with Casts() as casts:
+        sample_tokens(model, tokenizer, pad_prompts(tokenizer, PROMPTS), 8, stream(0, "casts"), temperature=9.0)
+    matrices = [p for block in model.base_model.children() for p in block.parameters() if p.dim() == 2]
+    assert len(casts.counts) >= 8 and set(casts.counts.values()) == {1} and len(casts.counts) <= 2 * len(matrices)
+
+
+def test_the_librarys_cache_is_kept_in_bf16(tokenizer):
+    network = forward.compute_in(llama(tokenizer), torch.bfloat16)
+    ids, mask = pad_prompts(tokenizer, PROMPTS)
+    cache = forward.Cache(network, mask, 4)
+    with forward.sampling(network):
+        cache.next_logits(ids)
+    assert all(layer.keys.dtype == layer.values.dtype == torch.bfloat16 for layer in cache.library.layers)
+
+
+def test_other_models_of_the_library_still_make_their_own_masks(tokenizer):
+    """BLOOM reads its positions from the mask, and has no rotations: it gets the mask as it is."""
+    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3)
+    torch.manual_seed(0)
+    bloom = AutoModelForCausalLM.from_config(config).eval()
+    batch = make_batch(tokenizer, PROMPTS, RESPONSES, 24)
+    log_probs = P.response_log_probs(bloom, batch)
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
+        alone = plain_log_probs(bloom, tokenizer, prompt, response)
+        assert log_probs[row][batch.response_mask[row]].tolist() == pytest.approx(alone, abs=2e-4)

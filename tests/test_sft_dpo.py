@@ -112,4 +112,10 @@ def test_micro_batches_give_the_gradient_of_the_whole_step(tokenizer, policy, tm
         first_steps.append(metrics[0])
     for step in first_steps[1:]:
         assert step == pytest.approx(first_steps[0], rel=1e-4, abs=1e-6)
-    assert first_steps[0]["grad_norm"] > 0.01
+    if stage == "sft":
+        responses = [row["completion"] for row in rows]
+        loss = sft_loss(policy, make_batch(tokenizer, [row["prompt"] for row in rows], responses, 24))
+        gradients = torch.autograd.grad(loss, list(policy.parameters()))
+        norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt().item()
+        assert first_steps[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert first_steps[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -55,6 +55,7 @@ class Workload:
     epochs: int = 4
     minibatches: int = 4
     k: int = 4  # offline responses per prompt
+    dtype: torch.dtype = torch.float32  # of matrix products
 
 
 SIZES = {
@@ -70,13 +71,12 @@ class Setup:
     def __init__(self, work: Workload, critic: str, device: torch.device) -> None:
         self.work, self.device, self.tokenizer = work, device, numbered_words(work.vocab)
         eos_id, pad_id, context = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, work.prompt + work.response
-        precision = pick_precision("auto", device)
         policy = tiny_model(work.vocab, eos_id, pad_id, context, work.layers, work.width, work.heads, seed=0)
-        compute_in(policy.to(device), precision)
+        compute_in(policy.to(device), work.dtype)
         with tempfile.TemporaryDirectory() as folder:
             save(folder, policy, self.tokenizer)
             reward_model, value_model = (
-                compute_in(scalar_model(folder, pad_id).to(device), precision) for _ in range(2)
+                compute_in(scalar_model(folder, pad_id).to(device), work.dtype) for _ in range(2)
             )
         reward_model.score.reset_parameters()
         value = value_model if critic == "separate" else torch.nn.Linear(work.width, 1).to(device)
@@ -258,7 +258,7 @@ def trl_table(work: Workload, device: torch.device, rounds: int) -> None:
 def machine(device: torch.device) -> str:
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), "CPU")
-    name = f"{torch.cuda.get_device_name()}, bf16 autocast" if device.type == "cuda" else f"{cpu}, fp32"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
     return f"{name}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
 
 
@@ -267,6 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", default="tiny", choices=SIZES, help="of the models (default: tiny)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: as many as torch chooses)")
     parser.add_argument("--against", choices=("trl",), help="only compare with TRL's PPOTrainer (needs TRL 1.12.0)")
     options = parser.parse_args(arguments)
@@ -275,7 +276,9 @@ def main(arguments: list[str] | None = None) -> None:
     work, device, rounds = SIZES[options.size], pick_device(options.device, is_tiny=False), options.rounds
     if options.threads:
         torch.set_num_threads(options.threads)
-    print(f"{machine(device)}; size {options.size}, medians of {rounds} rounds", flush=True)
+    work = replace(work, dtype=pick_precision(options.precision, device))
+    dtype = str(work.dtype).removeprefix("torch.")
+    print(f"{machine(device)}; size {options.size}, {dtype}, medians of {rounds} rounds", flush=True)
     if options.against:
         trl_table(work, device, rounds)
     else:

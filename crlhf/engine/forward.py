@@ -83,12 +83,14 @@ def library_head(model: Model) -> Iterator[list[Tensor]]:
 def library_inputs(model: Model, ids: Tensor, mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
     """What the library wants to be told: (B, n) ids that are the last of the (B, L) columns so far.
 
-    From a mask of (B, L) it would make one of (B, 1, n, L) at every call, and ask a GPU whether it needs one. Models
-    of Llama's kind take ours. Others may read more from the mask (BLOOM its positions), or hide more (a window).
+    From a mask of (B, L) it would make one of (B, 1, n, L) at every call, and ask a GPU whether it needs one. GPT-2
+    and models of Llama's kind take ours. Others may read more from the mask (BLOOM its positions), or hide more (a
+    window).
     """
     n, L, window = ids.shape[1], mask.shape[1], getattr(model.config, "sliding_window", None)
-    of_llamas_kind = hasattr(model.base_model, "rotary_emb") and model.config._attn_implementation == "sdpa"
-    mask = seen_mask(mask, n, L) if of_llamas_kind and L <= (window or L) else mask.long()
+    takes_ours = hasattr(model.base_model, "rotary_emb") or model.config.model_type == "gpt2"
+    takes_ours = takes_ours and model.config._attn_implementation == "sdpa" and L <= (window or L)
+    mask = seen_mask(mask, n, L) if takes_ours else mask.long()
     return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
 
 

@@ -31,9 +31,14 @@ class Batch:
     def __getitem__(self, rows: Tensor | list[int]) -> "Batch":
         """Some rows, without the columns that are padding in all of them."""
         prompt_mask, response_mask = self.prompt_mask[rows], self.response_mask[rows]
-        P, T = torch.stack([prompt_mask.sum(1).max(), response_mask.sum(1).max().clamp(min=1)]).tolist()
-        responses = self.response_ids[rows][:, :T], response_mask[:, :T]
-        return Batch(self.prompt_ids[rows][:, -P:], prompt_mask[:, -P:], *responses)
+        return self.part(rows, *torch.stack([prompt_mask.sum(1).max(), response_mask.sum(1).max()]).tolist())
+
+    def part(self, rows: Tensor | list[int], P: int, T: int) -> "Batch":
+        """Some rows, the last P columns of prompts and the first T (at least one) of responses."""
+        prompts, responses = slice(-P, None), slice(max(T, 1))
+        tensors = (self.prompt_ids, prompts), (self.prompt_mask, prompts)
+        tensors += (self.response_ids, responses), (self.response_mask, responses)
+        return Batch(*(tensor[rows][:, columns] for tensor, columns in tensors))
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))

@@ -227,9 +227,15 @@ class Checkpoint:
 
     def log(self, row: dict, *shown: str) -> None:
         """Keep a row of metrics; those named in `shown` appear beside the progress bar."""
-        self.rows.append({name: as_float(value) for name, value in row.items()})
+        row = read(row)
+        self.rows.append(row)
         self.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row}, refresh=False)
 
 
-def as_float(value: object) -> object:
-    return value.item() if isinstance(value, torch.Tensor) else value
+def read(row: dict) -> dict:
+    """The row with numbers in place of its scalar tensors, which come from each device in one transfer."""
+    tensors = {name: value for name, value in row.items() if isinstance(value, torch.Tensor)}
+    for device in {tensor.device for tensor in tensors.values()}:
+        its = {name: tensor.float() for name, tensor in tensors.items() if tensor.device == device}
+        row = row | dict(zip(its, torch.stack([*its.values()]).tolist()))
+    return row

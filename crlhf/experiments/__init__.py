@@ -19,20 +19,23 @@ from .hacking import adversary, overoptimisation
 from .improvement import compare, frontier
 from .limits import limits
 from .noise import noise
+from .pairing import pairing
+from .real import real
 from .sweep import sweep
 from .theorem import theorem
 from .variance import variance
 
 QUESTIONS = (sweep, variance, difficulty, theorem, compare, noise, critic, samples, online, sampling, frontier)
 QUESTIONS += (adversary, scale, overoptimisation, limits)  # in this order: some read the CSVs of others
-EXPERIMENTS = {function.__name__: function for function in QUESTIONS}
+READERS = (real, pairing)  # of runs that take hours and a pretrained model: no part of `all`
+EXPERIMENTS = {function.__name__: function for function in (*QUESTIONS, *READERS)}
 
 
 def main(name: str, root: str = "runs/experiments", figures: str = "figures") -> None:
     """Run one experiment, or all; print its table and keep it beside the figure."""
     if name not in (*EXPERIMENTS, "all"):
         raise UserError(f"there is no experiment '{name}': choose from all, {', '.join(EXPERIMENTS)}")
-    names = list(EXPERIMENTS) if name == "all" else [name]
+    names = [question.__name__ for question in QUESTIONS] if name == "all" else [name]
     for each in names:
         started = time.monotonic()
         text = EXPERIMENTS[each](Path(root), Path(figures))

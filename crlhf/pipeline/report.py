@@ -1,5 +1,6 @@
 """The end of a run in words: the table, samples, and report.md with its figures."""
 
+import math
 from pathlib import Path
 
 from ..engine.files import write_atomic
@@ -60,7 +61,10 @@ def shares(comparison: dict | None) -> str:
 
 
 def with_interval(mean_and_half: tuple[float, float], sign: str = "") -> str:
-    return "{:{sign}.2f} ± {:.2f}".format(*mean_and_half, sign=sign)
+    """'0.16 ± 0.07', with more decimals where the interval is so small that two would hide it."""
+    mean, half = mean_and_half
+    decimals = 2 if not half > 0 else min(max(2, 1 - math.floor(math.log10(half))), 8)
+    return f"{mean:{sign}.{decimals}f} ± {half:.{decimals}f}"
 
 
 def samples_text(results: dict[str, list[dict]], judge: str) -> str:
@@ -74,8 +78,13 @@ def samples_text(results: dict[str, list[dict]], judge: str) -> str:
     return "\n".join(lines).strip()
 
 
-def write_report(folder: Path, seed: int, summary: dict, results: dict[str, list[dict]], metrics: dict) -> str:
-    """report.md and its figures in the run folder; returns the samples. metrics: method -> rows, for PPO's methods."""
+def write_report(
+    folder: Path, seed: int, summary: dict, results: dict[str, list[dict]], metrics: dict, law: list[str]
+) -> str:
+    """report.md and its figures in the run folder; returns the samples.
+
+    metrics: method -> rows, for PPO's methods. law: lines about what the baselines foretell of contrast.
+    """
     samples = samples_text(results, summary["judge"])
     figures = Path(folder) / "figures"
     figures.mkdir(exist_ok=True)
@@ -85,6 +94,8 @@ def write_report(folder: Path, seed: int, summary: dict, results: dict[str, list
         names.append(plots.variance_curves(metrics, figures / "variance.png"))
     if "gold" in results["sft"][0]:
         names.append(plots.gold_by_difficulty(results, figures / "difficulty.png"))
+    foretold = "".join(f"\n- {line}" for line in law)
+    foretold = f"\n## What the baselines foretell\n{foretold}\n" if law else ""
     pictures = "\n\n".join(f"![{name}](figures/{name}.png)" for name in names)
     write_atomic(
         Path(folder) / "report.md",
@@ -93,7 +104,7 @@ def write_report(folder: Path, seed: int, summary: dict, results: dict[str, list
 {summary["table"]}
 
 {pictures}
-
+{foretold}
 ## Samples
 
 The first {SAMPLES} held-out prompts, with the judge's score.

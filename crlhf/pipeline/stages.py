@@ -190,13 +190,8 @@ def build_baselines(pipe: Pipeline, folder: Path) -> str:
         report |= measured_law(rewards)
         report["ended_correlation"] = within_correlation(rewards, has_ended)
         report["length_correlation"] = within_correlation(rewards, lengths)
-        correlations = report["ended_correlation"], report["length_correlation"]
-        pipe.log(
-            "baselines: within a prompt, the score correlates {:.2f} with having ended, {:.2f} with length".format(
-                *correlations
-            )
-        )
-        for line in law_in_words(report, c.baselines.k):
+        report["in_words"] = law_in_words(report, c.baselines.k)
+        for line in report["in_words"]:
             pipe.log(f"baselines: {line}")
     write_json(folder / "variance.json", report)
     return f"{rewards.numel()} responses, {report['ended']:.0%} ended, mean reward {report['mean']:.3g}"
