@@ -73,10 +73,9 @@ def verdict(law: dict[str, float], k: int) -> str:
     if rho - margin > line:
         return f"{share}: subtracting the baseline leaves {variance_ratio(rho, k):.0%} of the reward's variance"
     if rho + margin < line:
-        mend = f"only a share of {best_share(rho, k):.2f} ('adaptive') would not"
-        return (
-            f"{share}: subtracting the whole baseline adds variance, {variance_ratio(rho, k):.0%} of it remain; {mend}"
-        )
+        rest = f"makes the variance {variance_ratio(rho, k):.0%} of what it was"
+        mend = f"'adaptive' would subtract a share of {best_share(rho, k):.2f}"
+        return f"{share}: subtracting all of the baseline {rest}; {mend}"
     return f"{share}: too close to tell; 'adaptive' finds the share to subtract"
 
 

@@ -63,7 +63,7 @@ def test_correlations_are_within_prompts():
 
 @pytest.mark.parametrize(
     "rho, says",
-    [(0.6, "leaves 50% of the reward's variance"), (0.05, "adds variance, 119%"), (0.2, "too close to tell")],
+    [(0.6, "leaves 50% of the reward's variance"), (0.05, "makes the variance 119%"), (0.2, "too close to tell")],
 )
 def test_the_verdict_says_what_to_expect(rho, says):
     assert says in law.verdict({"rho": rho, "rho_se": 0.03}, 4)

@@ -88,7 +88,8 @@ def library_inputs(model: Model, ids: Tensor, mask: Tensor, position_ids: Tensor
     window).
     """
     n, L, window = ids.shape[1], mask.shape[1], getattr(model.config, "sliding_window", None)
-    takes_ours = hasattr(model.base_model, "rotary_emb") or model.config.model_type == "gpt2"
+    rotates = hasattr(model.base_model, "rotary_emb") and not getattr(model.config, "alibi", False)
+    takes_ours = rotates or model.config.model_type == "gpt2"
     takes_ours = takes_ours and model.config._attn_implementation == "sdpa" and L <= (window or L)
     mask = seen_mask(mask, n, L) if takes_ours else mask.long()
     return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}

@@ -38,7 +38,7 @@ WAYS = {"race": next_token, "inverse": inverse}
 
 
 def pairing(root: Path, figures: Path) -> str:
-    """How often do the SFT policy and a policy of the run draw the same, by either way?
+    """How often do the plain and the adaptive policy of the run draw the same, by either way?
 
     Prediction: with TV the total variation between the two distributions of a token, the race agrees with probability
     at least (1 - TV) / (1 + TV) and at most 1 - TV. The inverse falls far below: a change of one token's probability
@@ -52,7 +52,7 @@ def pairing(root: Path, figures: Path) -> str:
     config = from_dict(read_json(folder / "config.json"))
     config.run.out = str(folder)
     run = Pipeline(config)
-    policies = [run.model("sft"), run.model("ppo")]
+    policies = [run.model("ppo"), run.model("adaptive")]
     prompts, score = run.prompts("eval")[:PROMPTS], run.reward_callable("train")
     rows = [row_of(name, way, run, policies, prompts, score) for name, way in WAYS.items()]
     write_csv(figures / "real_pairing.csv", rows)

