@@ -491,3 +491,8 @@ def test_only_what_a_run_does_has_to_fit(monkeypatch):
     config.run.methods = "ppo,dpo"
     with pytest.raises(UserError, match="--dpo-batch-size 100000 needs at least .* use [0-9]+ or less"):
         checks.check_size(config)
+    config.run.micro_batch_size = 64
+    checks.check_size(config)  # a step may be as large as it likes where it is done in pieces
+    config.run.micro_batch_size = 90_000
+    with pytest.raises(UserError, match="--micro-batch-size 90000 needs at least"):
+        checks.check_size(config)

@@ -360,9 +360,13 @@ def plot_scatter(axis: plt.Axes, rewards: Tensor, ended: Tensor) -> None:
     for mask, color, name in ((ended, "#0072B2", "ended"), (~ended, "#D55E00", "cut off")):
         if mask.any():
             axis.scatter(
-                x[mask], rewards[mask], s=7, color=color, alpha=0.4, label=f"{name}: {mask.float().mean():.0%}"
+                *(values[mask].numpy() for values in (x, rewards)),
+                s=7,
+                color=color,
+                alpha=0.4,
+                label=f"{name}: {mask.float().mean():.0%}",
             )
-    ends, middle = torch.stack([x.min(), x.max()]), rewards.mean()
+    ends, middle = torch.stack([x.min(), x.max()]).numpy(), rewards.mean().item()
     axis.plot(ends, middle + share * (ends - middle), color="black", label=f"slope c* = {share:.2f}")
     axis.plot(ends, ends, color="black", linestyle=":", label="slope 1")
     title = f"SFT responses: rho = {law['rho']:.2f} ± {Z * law['rho_se']:.2f}"

@@ -97,19 +97,18 @@ def check_size(config: Config) -> None:
     refuse(parameters * 40, available, "--model-width", model.width, 0.5)  # policy and critic trained, two more kept
     row = columns * 4 * (model.layers * 16 * model.width) + data.max_response_tokens * vocabulary * 12  # bytes
     cached = columns * 8 * model.layers * model.width
-    micro = config.run.micro_batch_size or max(config.ppo.batch_size, config.sft.batch_size)
-    ppo = min(micro, config.ppo.batch_size // config.ppo.minibatches)
     refuse(cached + row, available, "--max-response-tokens", data.max_response_tokens, 1.0)
     refuse(
         config.run.sampling_batch_size * cached, available, "--sampling-batch-size", config.run.sampling_batch_size, 1.0
     )
     refuse(config.baselines.k * cached, available, "--k", config.baselines.k, 1.0)
-    refuse(config.sft.batch_size * row, available, "--sft-batch-size", config.sft.batch_size, 1.0)
-    if config.reward.source == "train":
-        refuse(2 * config.reward.batch_size * row, available, "--reward-batch-size", config.reward.batch_size, 1.0)
-    if "dpo" in config.method_list():
-        refuse(2 * config.dpo.batch_size * row, available, "--dpo-batch-size", config.dpo.batch_size, 1.0)
-    refuse(ppo * row, available, "--micro-batch-size", ppo, 1.0)
+    steps = [("--sft-batch-size", config.sft.batch_size, 1)]  # option, rows of a step, texts of a row
+    steps += [("--micro-batch-size", config.ppo.batch_size // config.ppo.minibatches, 1)]
+    steps += [("--reward-batch-size", config.reward.batch_size, 2)] if config.reward.source == "train" else []
+    steps += [("--dpo-batch-size", config.dpo.batch_size, 2)] if "dpo" in config.method_list() else []
+    for option, rows, texts in steps:
+        at_once = min(config.run.micro_batch_size or rows, rows)
+        refuse(at_once * texts * row, available, "--micro-batch-size" if at_once < rows else option, at_once, 1.0)
 
 
 def refuse(needed: float, available: float, option: str, value: int, power: float) -> None:
