@@ -164,8 +164,9 @@ def dpo_stage(shape: Shape) -> None:
 def ppo_stage(shape: Shape, config: Config) -> None:
     """Update, and the sampling of the rollout that follows, when AdamW's moments are there."""
     policy, reward = language_model(shape), scalar(shape).requires_grad_(False)
-    kinds = {"none": lambda: None, "shared": lambda: nn.Linear(shape.model.hidden_size, 1)}
-    critic = kinds.get(shape.critic, partial(scalar, shape))()
+    critic = None
+    if shape.critic != "none":
+        critic = nn.Linear(shape.model.hidden_size, 1) if shape.critic == "shared" else scalar(shape)
     networks = [network for network in (policy, critic) if network is not None]
     models = Models(policy, language_model(shape).requires_grad_(False), critic, None)
     if shape.recompute:
