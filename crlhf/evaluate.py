@@ -15,9 +15,9 @@ from .engine.files import slices, stream
 from .engine.forward import Model
 from .engine.text import Batch, Reward, Tokenizer
 from .engine.training import Job
+from .law import Z
 from .policy import generate, response_log_probs
 
-Z = 1.959964  # two-sided 95% of the normal distribution
 MOST_LOGITS = 2**26  # at once when log-probs are measured: 256 MiB in fp32
 
 

@@ -10,7 +10,8 @@ import pytest
 from crlhf.config import DataConfig, UserError
 from crlhf.engine.text import encode_prompt, encode_response
 from crlhf.engine.tokenizers import bpe_tokenizer, training_texts
-from crlhf.pipeline.data import Unusable, are_preferences, build_corpus, check_columns, parse_row, read_rows
+from crlhf.pipeline.data import Unusable, are_preferences, build_corpus, check_columns, parse_row
+from crlhf.pipeline.reading import read_rows
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf-harmless-sample.jsonl.gz"
 TEMPLATE = (

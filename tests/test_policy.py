@@ -12,7 +12,7 @@ from crlhf import policy as P
 from crlhf.engine import forward
 from crlhf.engine.files import stream
 from crlhf.engine.models import save, scalar_model
-from crlhf.engine.text import Batch, decode, ended, make_batch, pad_prompts, positions
+from crlhf.engine.text import decode, make_batch, pad_prompts, positions
 
 PROMPTS = [
     "the plot was dull .",
@@ -187,8 +187,6 @@ def test_rows_stop_at_eos_and_the_mask_includes_it(policy, tokenizer):
             assert length == response_mask.shape[1]
         assert all(token == tokenizer.pad_token_id for token in row_ids[length:])
     assert stopped > 20
-    batch = Batch(ids, mask, response_ids, response_mask)
-    assert ended(batch, eos).sum() == stopped
 
 
 def test_padding_with_the_eos_token_keeps_eos_in_the_mask(tokenizer):
@@ -202,7 +200,7 @@ def test_padding_with_the_eos_token_keeps_eos_in_the_mask(tokenizer):
 
 def test_a_cut_response_has_no_eos(tokenizer):
     batch = make_batch(tokenizer, ["i liked the plot ."], ["the cast was weak . i liked the plot ."], 6)
-    assert batch.response_mask.sum() == 6 and not ended(batch, tokenizer.eos_token_id)
+    assert batch.response_mask.sum() == 6 and tokenizer.eos_token_id not in batch.response_ids
 
 
 @pytest.mark.parametrize("top_p, kept", [(0.4, {0}), (0.79, {0, 1}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})])

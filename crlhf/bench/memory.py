@@ -268,23 +268,13 @@ def print_readme_table() -> None:
     print("| model | parameters | SFT | reward | sampling | PPO | PPO, shared critic | PPO, recomputing | DPO |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, model in configs().items():
-        sizes = []
-        for changes in ({"methods": "ppo,dpo"}, {"critic": "shared"}, {"recompute_activations": True}):
-            config = Config.for_model(name)
-            for group in (config.run, config.ppo):
-                vars(group).update({key: value for key, value in changes.items() if hasattr(group, key)})
-            sizes.append({key: stage_bytes(*stage) for key, stage in stages_of(config, model, torch.bfloat16).items()
-                          if not sizes or key == "ppo"})  # fmt: skip
-        first, shared, recomputing = sizes
-        cells = [
-            first["sft"],
-            first["reward"],
-            first["baselines"],
-            first["ppo"],
-            shared["ppo"],
-            recomputing["ppo"],
-            first["dpo"],
-        ]
+        config = Config.for_model(name)
+        config.run.methods = "ppo,dpo"
+        sizes = {stage: stage_bytes(*call) for stage, call in stages_of(config, model, torch.bfloat16).items()}
+        for title, critic, recompute in (("shared", "shared", False), ("recomputing", "reward_model", True)):
+            config.ppo.critic, config.ppo.recompute_activations = critic, recompute
+            sizes[title] = stage_bytes(*stages_of(config, model, torch.bfloat16)["ppo"])
+        cells = [sizes[name] for name in ("sft", "reward", "baselines", "ppo", "shared", "recomputing", "dpo")]
         numbers = " | ".join(f"{size / GB:.1f} GB" for size in cells)
         print(f"| {name} | {count_parameters(model) / 1e6:.0f}M | {numbers} |", flush=True)
     config = Config.for_model("pretrained")

@@ -104,9 +104,3 @@ def decode(tokenizer: Tokenizer, response_ids: Tensor, response_mask: Tensor) ->
     lengths = response_mask.sum(1).tolist()
     responses = [ids[:n] for ids, n in zip(response_ids.tolist(), lengths)]
     return tokenizer.batch_decode(responses, skip_special_tokens=True)
-
-
-def ended(batch: Batch, eos_id: int) -> Tensor:
-    """(B,) bool: the last token of the response is EOS."""
-    last = batch.response_mask.sum(1, keepdim=True) - 1
-    return batch.response_ids.gather(1, last.clamp(min=0)).squeeze(1) == eos_id

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import reviews
 from ..baselines import baseline_rewards
 from ..config import METHODS, UserError
+from ..contrastive import leave_one_out
 from ..engine.files import read_json, read_jsonl, stream
 from ..evaluate import column, mean_interval, wilson_interval
 from ..law import Z, best_share, measured_law, variance_ratio, within_correlation
@@ -21,6 +22,7 @@ from ..pipeline.options import parse
 from ..pipeline.output import fenced
 from ..pipeline.plots import STYLES, finish, plot_curve, plt, smooth
 from ..pipeline.report import samples_text
+from .real_panels import plot_ratio, plot_scatter
 from .tables import markdown, plus_minus, write_csv
 
 SIZES = "--ppo-critic shared --ppo-batch-size 16 --ppo-minibatches 2 --ppo-epochs 1 --ppo-lr 2e-5"
@@ -169,18 +171,13 @@ def gold_of(run: Path, samples: list[dict]) -> Tensor:
     )
 
 
-def others(rewards: Tensor) -> Tensor:
-    """(N, k) rewards -> (N, k): for each, the mean of the other k - 1 of its prompt."""
-    return (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
-
-
 def expected_range(rewards: Tensor, batches: int, size: int) -> tuple[float, float]:
     """In which 95% of ratios over so few batches fall while the policy is still the SFT policy: prompts drawn from
     (N, k) rewards, one response of each, its baseline the mean of the others. The law takes it from k - 1 to k."""
     N, k = rewards.shape
     draws = (DRAWS, batches, size)
     rows, columns = (torch.randint(n, draws, generator=stream(0, "real", n, i)) for i, n in enumerate((N, k)))
-    r, b = rewards[rows, columns], others(rewards)[rows, columns]
+    r, b = rewards[rows, columns], leave_one_out(rewards.flatten(), k).view(N, k)[rows, columns]
     ratios = (r - b).var(2, correction=0).sum(1) / r.var(2, correction=0).sum(1)
     return bounds(ratios * variance_ratio(0.0, k) / variance_ratio(0.0, k - 1))
 
@@ -329,47 +326,3 @@ def plot_run(run: Path, path: Path) -> str:
     model = Path(read_json(run / "config.json")["model"]["name"]).name
     figure.suptitle(f"{model} on {TITLES[run.name]}: one seed", fontsize=11)
     return finish(figure, path)
-
-
-def plot_ratio(axis: plt.Axes, steps: dict[str, list[dict]], rewards: Tensor) -> None:
-    """Var(r - c b) / Var(r) of each batch (points), over 5 iterations (lines), and what the law says of the start."""
-    law, k, top = measured_law(rewards), rewards.shape[1], 2.0
-    predicted = variance_ratio(law["rho"], k)
-    low, high = (variance_ratio(law["rho"] + sign * Z * law["rho_se"], k) for sign in (1, -1))
-    axis.axhspan(low, high, color="black", alpha=0.12, linewidth=0)
-    axis.axhline(predicted, color="black", linestyle=":", label=f"law, c = 1, at the start: {predicted:.2f}")
-    axis.axhline(1, color="black", linewidth=0.8)
-    for method, rows in steps.items():
-        if METHODS[method].contrast:
-            raw, contrastive = ([row[f"{name}_variance"] for row in rows] for name in ("reward", "contrastive"))
-            line = smooth(contrastive) / smooth(raw)
-            top = max(top, 1.3 * line.max())
-            axis.scatter(
-                range(len(rows)), [a / b for a, b in zip(contrastive, raw)], s=9, color=STYLES[method].color, alpha=0.4
-            )
-            plot_curve(axis, method, line)
-    axis.set(title="Variance of the reward, with / without contrast", xlabel="PPO iteration", ylim=(0, top))
-    axis.set_ylabel("Var(r − c b) / Var(r)")
-    axis.legend(fontsize=8)
-
-
-def plot_scatter(axis: plt.Axes, rewards: Tensor, ended: Tensor) -> None:
-    """Each SFT response's reward against the mean of the others to its prompt; the slope is the share c* of these."""
-    law, k = measured_law(rewards), rewards.shape[1]
-    x, share = others(rewards), best_share(law["rho"], k - 1)
-    for mask, color, name in ((ended, "#0072B2", "ended"), (~ended, "#D55E00", "cut off")):
-        if mask.any():
-            axis.scatter(
-                *(values[mask].numpy() for values in (x, rewards)),
-                s=7,
-                color=color,
-                alpha=0.4,
-                label=f"{name}: {mask.float().mean():.0%}",
-            )
-    ends, middle = torch.stack([x.min(), x.max()]).numpy(), rewards.mean().item()
-    axis.plot(ends, middle + share * (ends - middle), color="black", label=f"slope c* = {share:.2f}")
-    axis.plot(ends, ends, color="black", linestyle=":", label="slope 1")
-    title = f"SFT responses: rho = {law['rho']:.2f} ± {Z * law['rho_se']:.2f}"
-    axis.set(title=title, xlabel=f"mean reward of the {k - 1} others to its prompt", ylabel="reward of a response")
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=8)

@@ -28,8 +28,9 @@ from ..ppo import Models, missing_eos, train_ppo
 from ..reward import preference_accuracy, train_reward_model
 from ..sft import train_sft
 from .checks import check_run
-from .data import Corpus, build_corpus, read_rows
+from .data import Corpus, build_corpus
 from .pipeline import Pipeline
+from .reading import read_rows
 from .report import summarise
 from .rewards import ModelReward
 
