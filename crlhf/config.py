@@ -61,9 +61,12 @@ class WorldConfig:
     demonstrations: int = knob(6000, "reviews written by the imperfect writers, for SFT", 1, 1_000_000)
     pairs: int = knob(4000, "preference pairs for the reward model, sampled at temperature 1", 10, 100_000)
     label_flips: float = knob(0.2, "share of preference labels that are wrong", 0, 0.5)
-    flips: str = knob("uniform", "wrong labels: evenly, or more if difficult", choices=("uniform", "difficulty"))
+    flips: str = knob("uniform", "wrong labels: evenly, more if difficult, or on openings about the plot alone",
+                      choices=("uniform", "difficulty", "topic"))  # fmt: skip
     fooled: float = knob(0.0, "share of raters that prefer a response with 'i hated the' in it", 0, 1)
     prompt_bias: float = knob(1.0, "standard deviation of a constant added to all rewards of a prompt", 0, 1e3)
+    bias_from: str = knob("nothing", "what that constant follows: nothing in the text, its length, or its words",
+                          choices=("nothing", "sentences", "words"))  # fmt: skip
     score_noise: float = knob(0.0, "standard deviation of an error on each single response's reward", 0, 1e3)
 
 
@@ -124,12 +127,13 @@ class BaselineConfig:
 class ContrastiveConfig:
     """Step 2 of contrastive rewards: what is subtracted from the reward, and how the rest is scaled."""
 
-    source: str = knob("offline", "baselines: offline, or the other responses of a group", choices=("offline", "group"))
+    source: str = knob("offline", "baselines: offline, the same kept up to date by what PPO earns, or a group's others",
+                       choices=("offline", "running", "group"))  # fmt: skip
     refresh: int = knob(0, "sample the baselines again, from the policy, every so many iterations (0: never)", 0, 10**6)
     aggregate: str = knob("mean", "how k rewards become one number", choices=("mean", "median", "max", "min"))
     coefficient: float = knob(1.0, "share of the baseline that is subtracted ('adaptive' estimates it)", 0, 100)
-    scale: str = knob("none", "dynamic scaling: to the raw reward's magnitude, or by the standard deviation",
-                      choices=("none", "magnitude", "std"))  # fmt: skip
+    scale: str = knob("none", "to the raw reward's magnitude, by the standard deviation, or squeezed into (0, 1)",
+                      choices=("none", "magnitude", "std", "sigmoid"))  # fmt: skip
 
 
 @dataclass
@@ -142,6 +146,7 @@ class PPOConfig:
     recompute_activations: bool = knob(False, "keep only what enters each block for the backward pass: less memory")
     lr: float = knob(1e-3, "learning rate of the policy, falls linearly to 0", 0, 1)
     critic_lr: float = knob(1e-3, "learning rate of the critic", 0, 1)
+    critic_warmup: int = knob(0, "first iterations in which the critic alone learns", 0, 10**6)
     kl_coef: float = knob(0.05, "price of one nat of divergence from the SFT policy, per token", 0, 1e3)
     lam: float = knob(0.95, "lambda of generalised advantage estimation", 0, 1)
     clip_range: float = knob(0.2, "how far ratios and values may move before their gradient stops", 1e-6, 100)

@@ -289,7 +289,7 @@ def train_ppo(
         R = token_rewards(rewards.to(device), rollout.log_probs, rollout.ref_log_probs, mask, config.kl_coef)
         advantages, rollout.returns = gae(R, rollout.values, mask, 1.0, lam)
         rollout.advantages = whiten(advantages, mask)
-        lrs = [training.learning_rate(i, config.iterations, peak) for peak in (config.lr, config.critic_lr)]
+        lrs = [policy_rate(i, config), training.learning_rate(i, config.iterations, config.critic_lr)]
         losses = update(models, optimizers, lrs, rollout, config, stream(job.seed, "ppo order", i))
         clock.append(time.perf_counter())
 
@@ -304,6 +304,12 @@ def train_ppo(
         training.require_finite(actor, job.name, i, "--ppo-lr", config.lr)
         checkpoint.log(row, "gold", "reward", "kl")
     return checkpoint.rows
+
+
+def policy_rate(iteration: int, config: PPOConfig) -> float:
+    """The policy's learning rate: 0 while the critic warms up, then as if training began here."""
+    step, total = iteration - config.critic_warmup, config.iterations - config.critic_warmup
+    return training.learning_rate(step, total, config.lr) if step >= 0 else 0.0
 
 
 def rollout_metrics(rollout: Rollout, raw: Tensor, gold: Reward | None) -> dict[str, Tensor]:

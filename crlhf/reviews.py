@@ -19,7 +19,7 @@ import hashlib
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, fmean, pstdev
 
 import torch
 
@@ -207,9 +207,15 @@ def make_demonstrations(n: int, seed: int | str) -> list[dict]:
 # -------------------------------------------------------------------------------------------- the raters
 
 
+TOPIC = "plot"  # the aspect whose openings alone have wrong labels under flips = 'topic'
+
+
 def flip_rate(prompt: str, rate: float, flips: str) -> float:
-    """Probability of a wrong label. By difficulty it runs from 0 to 2 * rate (at most 1/2) over the prompts."""
-    return rate if flips == "uniform" else min(0.5, 2 * rate * difficulty(prompt))
+    """Probability of a wrong label. By difficulty it runs from 0 to 2 * rate (at most 1/2) over the prompts; by topic
+    it is `rate` for openings about one aspect, and 0 for the others."""
+    if flips == "difficulty":
+        return min(0.5, 2 * rate * difficulty(prompt))
+    return rate if flips == "uniform" or TOPIC in read(prompt).tones else 0.0
 
 
 def make_preferences(
@@ -258,22 +264,46 @@ def standard_normal(*key: object) -> float:
     return NormalDist().inv_cdf((int.from_bytes(digest[:7], "big") + 0.5) / 2**56)
 
 
+def offset(prompt: str, follows: str, seed: int) -> float:
+    """A number of the prompt alone, in units of its own: see WorldConfig.bias_from.
+
+    'nothing': a hash of the text, which no critic can foresee. 'sentences': how many there are, which any critic
+    can. 'words': a random weight for every word, summed, as a random linear head would give.
+    """
+    if follows == "sentences":
+        return float(prompt.count("."))
+    if follows == "words":
+        return sum(standard_normal(seed, "word", word) for word in prompt.split())
+    return standard_normal(seed, "bias", prompt)
+
+
 class NoisyReward:
     """A reward callable that makes another one's mistakes worse, in two ways.
 
-    prompt_bias: standard deviation of a constant added to all rewards of a prompt. It is what a
-        Bradley-Terry model can't identify, and what a critic can't foresee on an unseen prompt.
+    prompt_bias: standard deviation over prompts of a constant added to all rewards of a prompt, which is what a
+        Bradley-Terry model can't identify. bias_from: what it follows (`offset`).
     score_noise: standard deviation of an error on each single response.
     Both are fixed functions of the text and the seed, as a real reward model's mistakes are.
     """
 
-    def __init__(self, reward: Reward, prompt_bias: float = 0.0, score_noise: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        reward: Reward,
+        prompt_bias: float = 0.0,
+        score_noise: float = 0.0,
+        seed: int = 0,
+        bias_from: str = WorldConfig.bias_from,
+    ) -> None:
         self.reward, self.prompt_bias, self.score_noise, self.seed = reward, prompt_bias, score_noise, seed
+        self.bias_from, self.mean, self.sd = bias_from, 0.0, 1.0
+        if bias_from != "nothing":  # whose offsets have a standard normal distribution by themselves
+            prompts = make_prompts(WorldConfig.train_prompts, f"{seed}-offsets")
+            offsets = [offset(prompt, bias_from, seed) for prompt in prompts]
+            self.mean, self.sd = fmean(offsets), pstdev(offsets)
 
     def __call__(self, prompts: list[str], responses: list[str]) -> torch.Tensor:
-        errors = [
-            self.prompt_bias * standard_normal(self.seed, "bias", x)
-            + self.score_noise * standard_normal(self.seed, "noise", x, y)
-            for x, y in zip(prompts, responses, strict=True)
-        ]
+        errors = []
+        for x, y in zip(prompts, responses, strict=True):
+            level = (offset(x, self.bias_from, self.seed) - self.mean) / self.sd
+            errors.append(self.prompt_bias * level + self.score_noise * standard_normal(self.seed, "noise", x, y))
         return self.reward(prompts, responses) + torch.tensor(errors)

@@ -1,6 +1,7 @@
 """Contrastive rewards and baselines: closed forms, and the theory simulated on worlds small enough to know."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -123,9 +124,9 @@ def test_std_scale_is_the_running_standard_deviation_of_everything_seen():
     assert torch.allclose(scaled, batches[-1] * reward.scale)
 
 
-@pytest.mark.parametrize("refresh", [0, 2])
-def test_running_state_survives_a_checkpoint(tmp_path, refresh):
-    config = ContrastiveConfig(scale="std", refresh=refresh)
+@pytest.mark.parametrize(("source", "refresh"), [("offline", 0), ("offline", 2), ("running", 0)])
+def test_running_state_survives_a_checkpoint(tmp_path, source, refresh):
+    config = ContrastiveConfig(source, scale="std", refresh=refresh)
     baselines = {"a": torch.tensor([1.0]), "b": torch.tensor([3.0])}
     one, two = (C.ContrastiveReward(dict(baselines), config, adaptive=True) for _ in range(2))
     one(["a", "b"], torch.tensor([0.5, 4.0]))
@@ -222,3 +223,33 @@ def test_best_coefficient_keeps_its_digits_far_from_zero():
         reward = C.ContrastiveReward(baselines, ContrastiveConfig(), adaptive=True)
         reward(list(baselines), (r + origin).float())
         assert reward.coefficient == pytest.approx(exact, abs=1e-3)
+
+
+def test_a_running_baseline_is_the_decayed_mean_of_what_a_prompt_earned():
+    """By hand: two offline rewards of mean 2 count as two; each visit leaves 0.9 of what was known before it."""
+    reward = C.ContrastiveReward({"a": torch.tensor([1.0, 3.0])}, ContrastiveConfig(source="running"))
+    earned, baselines = [5.0, -1.0, 4.0], []
+    for r in earned:
+        baselines.append(r - reward(["a"], torch.tensor([r])).item())
+    assert baselines[0] == pytest.approx(2.0)
+    assert baselines[1] == pytest.approx((0.9 * 2 * 2 + 5) / (0.9 * 2 + 1))
+    assert baselines[2] == pytest.approx((0.81 * 2 * 2 + 0.9 * 5 - 1) / (0.81 * 2 + 0.9 + 1))
+
+
+def test_a_constant_of_the_prompt_cancels_in_every_way_to_take_a_baseline():
+    g, prompts = stream(0, "cancel"), ["a", "b", "a", "b"]
+    offline = {"a": torch.randn(3, generator=g), "b": torch.randn(3, generator=g)}
+    constant = {"a": 5.0, "b": -2.0}
+    shifts = torch.tensor([constant[prompt] for prompt in prompts])
+    for config in (ContrastiveConfig(), ContrastiveConfig(source="running"), ContrastiveConfig(scale="sigmoid")):
+        plain = C.ContrastiveReward(offline, config)
+        shifted = C.ContrastiveReward({x: values + constant[x] for x, values in offline.items()}, config)
+        for _ in range(3):
+            rewards = torch.randn(4, generator=g)
+            assert torch.allclose(plain(prompts, rewards), shifted(prompts, rewards + shifts), atol=1e-5)
+
+
+def test_the_sigmoid_bounds_what_a_reward_can_pay():
+    reward = C.ContrastiveReward({"a": torch.tensor([1.0])}, ContrastiveConfig(scale="sigmoid"))
+    paid = reward(["a"] * 3, torch.tensor([1.0, 1.0 + math.log(3), 1e4]))
+    assert paid.tolist() == pytest.approx([0.5, 0.75, 1.0])

@@ -94,6 +94,8 @@ def file(tmp_path, text, name="rows.jsonl"):
         ),
         ("--contrastive-source group", "compares responses to one prompt with each other: add --ppo-group-size 4"),
         ("--contrastive-source group --ppo-group-size 4 --contrastive-refresh 2", "has none: leave one of them out"),
+        ("--contrastive-source running --contrastive-refresh 2", "by itself: leave --contrastive-refresh out"),
+        ("--ppo-critic-warmup 60", "leaves the policy none of --ppo-iterations 1: lower it"),
         (
             "--ppo-batch-size 8 --ppo-minibatches 3",
             "--ppo-batch-size 8 is not divisible by --ppo-minibatches 3.*such as 6",

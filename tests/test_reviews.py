@@ -112,6 +112,27 @@ def test_rater_bias_is_one_constant_a_prompt_and_score_noise_one_a_response():
     assert not torch.equal(a, R.NoisyReward(zero, prompt_bias=2.0, seed=4)(prompts, ["x"] * n))
 
 
+@pytest.mark.parametrize("follows", ["nothing", "sentences", "words"])
+def test_offsets_have_the_asked_spread_whatever_they_follow(follows):
+    prompts = R.make_prompts(512, "offsets")
+    offsets = R.NoisyReward(lambda x, y: torch.zeros(len(x)), 0.5, seed=3, bias_from=follows)(prompts, prompts)
+    assert offsets.std().item() == pytest.approx(0.5, rel=0.1) and abs(offsets.mean().item()) < 0.07
+    lengths = torch.tensor([float(prompt.count(".")) for prompt in prompts])
+    link = torch.corrcoef(torch.stack([offsets, lengths]))[0, 1].abs().item()
+    assert link > 0.999 if follows == "sentences" else link < 0.98
+    words = torch.tensor([[prompt.split().count(word) for word in R.WORDS] for prompt in prompts], dtype=torch.float32)
+    design = torch.cat([words, torch.ones(512, 1)], 1)
+    fit = design @ torch.linalg.lstsq(design[:256], offsets[:256, None], driver="gelsd").solution
+    unforeseen = (offsets - fit[:, 0])[256:].var() / offsets[256:].var()
+    assert unforeseen > 0.9 if follows == "nothing" else unforeseen < 0.01
+
+
+def test_wrong_labels_on_one_topic_only():
+    about, other = f"the {R.TOPIC} was nice .", "the cast was nice ."
+    assert (R.flip_rate(about, 0.5, "topic"), R.flip_rate(other, 0.5, "topic")) == (0.5, 0.0)
+    assert (R.flip_rate(about, 0.2, "uniform"), R.flip_rate(other, 0.2, "uniform")) == (0.2, 0.2)
+
+
 def test_a_finished_review_may_be_as_long_as_the_limit_allows():
     """25 words and an EOS are a finished review where 32 tokens are allowed, and a cut one where 24 are."""
     aspects = ("acting", "music", "ending", "script", "cast")

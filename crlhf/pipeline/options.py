@@ -112,6 +112,11 @@ def contradictions(config: Config) -> Iterator[str]:
     if config.contrastive.source == "group" and config.contrastive.refresh:
         what = "--contrastive-refresh samples offline baselines again, and --contrastive-source group has none"
         yield f"{what}: leave one of them out"
+    if config.contrastive.source == "running" and config.contrastive.refresh:
+        yield "--contrastive-source running keeps its baselines up to date by itself: leave --contrastive-refresh out"
+    if config.ppo.critic_warmup >= max(config.ppo.iterations, 1):
+        what = f"--ppo-critic-warmup {config.ppo.critic_warmup} leaves the policy none of"
+        yield f"{what} --ppo-iterations {config.ppo.iterations}: lower it"
     if config.data.dataset == "reviews" and config.world.train_prompts < ppo.batch_size // ppo.group_size:
         what = f"--train-prompts {config.world.train_prompts} is less than {batch}"
         yield f"{what}: lower the batch size or raise the number of prompts"

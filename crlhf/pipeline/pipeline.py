@@ -72,4 +72,5 @@ class Pipeline:
         reward, world = self.reward_callable(self.config.reward.source), self.config.world
         if not self.world:
             return reward
-        return reviews.NoisyReward(reward, world.prompt_bias, world.score_noise, self.config.run.seed)
+        faults = world.prompt_bias, world.score_noise, self.config.run.seed, world.bias_from
+        return reviews.NoisyReward(reward, *faults)

@@ -42,7 +42,7 @@ def make_plan(c: Config) -> dict[str, Stage]:
     size = {"sampling_batch_size": c.run.sampling_batch_size}
     world = asdict(c.world) if c.data.dataset == "reviews" else {}
     raters = {key: world.pop(key) for key in ("pairs", "label_flips", "flips", "fooled") if key in world}
-    noise = {key: world.pop(key) for key in ("prompt_bias", "score_noise") if key in world}
+    noise = {key: world.pop(key) for key in ("prompt_bias", "bias_from", "score_noise") if key in world}
     files = {
         "files": [stamp for name in (c.data.dataset, c.data.eval_dataset, c.model.name) for stamp in file_stamps(name)]
     }
@@ -55,7 +55,7 @@ def make_plan(c: Config) -> dict[str, Stage]:
     needs = ("sft", "preferences") if trains_reward else ("data",)
     plan["reward"] = Stage(stages.build_reward, {**seed, **size, **asdict(c.reward), **files}, needs)
     sampled = {**seed, **noise}
-    if c.contrastive.source == "offline":
+    if c.contrastive.source != "group":
         # prompts that PPO never meets need no baselines: these two numbers say which it meets
         served = {"iterations": stages.offline_iterations(c), "prompts": c.ppo.batch_size // c.ppo.group_size}
         settings = {**sampled, **size, **asdict(c.baselines), **served}

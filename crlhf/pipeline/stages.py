@@ -237,7 +237,7 @@ def make_critic(pipe: Pipeline, kind: str, hidden_size: int) -> nn.Module | None
 
 def make_contrastive(pipe: Pipeline, contrast: str) -> ContrastiveReward:
     c, baselines = pipe.config, {}
-    if c.contrastive.source == "offline":
+    if c.contrastive.source != "group":
         baselines = rewards_by_prompt(pipe.rows("baselines", "baselines"), c.ppo)
     contrastive = ContrastiveReward(baselines, c.contrastive, contrast == "adaptive", c.ppo.group_size)
     if c.contrastive.refresh:
