@@ -127,12 +127,12 @@ class BaselineConfig:
 class ContrastiveConfig:
     """Step 2 of contrastive rewards: what is subtracted from the reward, and how the rest is scaled."""
 
-    source: str = knob("offline", "baselines: offline, the same kept up to date by what PPO earns, or a group's others",
+    source: str = knob("offline", "baselines: k offline rewards, the k latest of a prompt, or the others of a group",
                        choices=("offline", "running", "group"))  # fmt: skip
     refresh: int = knob(0, "sample the baselines again, from the policy, every so many iterations (0: never)", 0, 10**6)
     aggregate: str = knob("mean", "how k rewards become one number", choices=("mean", "median", "max", "min"))
     coefficient: float = knob(1.0, "share of the baseline that is subtracted ('adaptive' estimates it)", 0, 100)
-    scale: str = knob("none", "to the raw reward's magnitude, by the standard deviation, or squeezed into (0, 1)",
+    scale: str = knob("none", "dynamic scaling: to the raw magnitude, by the standard deviation, or into (0, 1)",
                       choices=("none", "magnitude", "std", "sigmoid"))  # fmt: skip
 
 

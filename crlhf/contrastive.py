@@ -13,9 +13,9 @@ c = 1 is not always the best share. Among r - c * b the variance is least at
 
 near 1 while the baseline explains the reward, near 0 once it is stale. 'adaptive' follows c* as PPO goes on.
 
-Two relatives are one setting away. source = 'running' keeps each prompt's baseline up to date with the rewards that
-PPO earns on it, as the tracker of SPO does (arXiv 2509.13232). scale = 'sigmoid' squeezes r - c * b into (0, 1), as
-PAR does (arXiv 2502.18770), which bounds what a reward model's error can pay.
+Two relatives are one setting away. source = 'running' takes a prompt's k latest rewards as its baselines, the offline
+ones first and then what PPO earned on it: a tracker, as in SPO (arXiv 2509.13232). scale = 'sigmoid' squeezes r - c * b
+into (0, 1), as PAR does (arXiv 2502.18770), which bounds what a reward model's error can pay.
 """
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .config import ContrastiveConfig, UserError
 
-DECAY = 0.9  # of the running moments, per iteration, and of what is remembered of a prompt, per visit
+DECAY = 0.9  # of the running moments, per iteration
 
 # ------------------------------------------------------------------------------------------ pure functions
 
@@ -79,12 +79,6 @@ def merge_moments(count: int, mean: float, m2: float, values: Tensor) -> tuple[i
     return total, mean + delta * n / total, m2
 
 
-def tracked(mean: float, weight: float, reward: float) -> tuple[float, float]:
-    """A prompt's running mean of rewards and its weight, after one more reward: what came before counts DECAY."""
-    new_weight = DECAY * weight + 1
-    return (DECAY * weight * mean + reward) / new_weight, new_weight
-
-
 def decayed(old: list[float] | None, values: list[Tensor]) -> list[float]:
     """Exponentially decaying means over batches: DECAY * old + (1 - DECAY) * the means of this batch."""
     means = [value.mean().item() for value in values]
@@ -104,22 +98,21 @@ class ContrastiveReward:
     """
 
     def __init__(self, baselines: dict, config: ContrastiveConfig, adaptive: bool = False, group_size: int = 1) -> None:
-        self.baselines, self.config, self.adaptive, self.group_size = baselines, config, adaptive, group_size
+        self.baselines, self.config, self.adaptive, self.group_size = dict(baselines), config, adaptive, group_size
+        self.baselines_change = bool(config.refresh) or config.source == "running"
         self.resample = None  # (policy, iteration) -> new baselines for the prompts that come next: see `refresh`
         self.coefficient, self.scale = config.coefficient, 1.0
         self.origin = None  # means of r and b in the first batch: far from them the moments would lose their digits
         self.moments, self.sizes = None, None  # decaying means of (r, b, rb, bb) and of (|r|, |r - c b|)
         self.spread = (0, 0.0, 0.0)  # count, mean, m2 of r - c b
-        self.tracks = {}  # prompt -> (mean, weight) of its rewards, for source 'running'
 
     def __call__(self, prompts: list[str], rewards: Tensor) -> Tensor:
         """B prompts and their (B,) raw rewards -> (B,) contrastive rewards."""
         grouped = self.config.source == "group"
         baseline = leave_one_out(rewards, self.group_size) if grouped else self.baseline_of(prompts)
         if self.config.source == "running":
-            for prompt, b, reward in zip(prompts, baseline.tolist(), rewards.tolist()):
-                mean, weight = self.tracks.get(prompt, (b, len(self.baselines[prompt])))  # k rewards weigh k
-                self.tracks[prompt] = tracked(mean, weight, reward)
+            for prompt, reward in zip(prompts, rewards):
+                self.baselines[prompt] = torch.cat([self.baselines[prompt][1:], reward[None]])
         if self.adaptive:
             self.origin = self.origin or (rewards.mean().item(), baseline.mean().item())
             r, b = rewards.double() - self.origin[0], baseline.double() - self.origin[1]
@@ -142,8 +135,7 @@ class ContrastiveReward:
         missing = [prompt for prompt in prompts if prompt not in self.baselines]
         if missing:
             raise UserError(f"prompt {missing[0]!r} has no baselines: sample them for every training prompt")
-        offline = aggregate(torch.stack([self.baselines[prompt] for prompt in prompts]), self.config.aggregate)
-        return torch.tensor([self.tracks[x][0] if x in self.tracks else b for x, b in zip(prompts, offline.tolist())])
+        return aggregate(torch.stack([self.baselines[prompt] for prompt in prompts]), self.config.aggregate)
 
     def refresh(self, policy: nn.Module, iteration: int) -> None:
         """Every config.refresh iterations: baselines from the current policy, where they are wanted at all."""
@@ -151,8 +143,8 @@ class ContrastiveReward:
             self.baselines |= self.resample(policy, iteration)
 
     def state_dict(self) -> dict:
-        names = ["coefficient", "scale", "origin", "moments", "sizes", "spread", "tracks", "baselines"]
-        return {name: getattr(self, name) for name in (names if self.config.refresh else names[:-1])}
+        names = ["coefficient", "scale", "origin", "moments", "sizes", "spread", "baselines"]
+        return {name: getattr(self, name) for name in (names if self.baselines_change else names[:-1])}
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)

@@ -225,15 +225,14 @@ def test_best_coefficient_keeps_its_digits_far_from_zero():
         assert reward.coefficient == pytest.approx(exact, abs=1e-3)
 
 
-def test_a_running_baseline_is_the_decayed_mean_of_what_a_prompt_earned():
-    """By hand: two offline rewards of mean 2 count as two; each visit leaves 0.9 of what was known before it."""
-    reward = C.ContrastiveReward({"a": torch.tensor([1.0, 3.0])}, ContrastiveConfig(source="running"))
-    earned, baselines = [5.0, -1.0, 4.0], []
-    for r in earned:
+def test_a_running_baseline_is_the_mean_of_a_prompts_latest_rewards():
+    """By hand: 1 and 3 were drawn offline, then 5, -1 and 4 are earned. A reward is no part of its own baseline."""
+    offline = {"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([7.0, 7.0])}
+    reward, baselines = C.ContrastiveReward(offline, ContrastiveConfig(source="running")), []
+    for r in (5.0, -1.0, 4.0):
         baselines.append(r - reward(["a"], torch.tensor([r])).item())
-    assert baselines[0] == pytest.approx(2.0)
-    assert baselines[1] == pytest.approx((0.9 * 2 * 2 + 5) / (0.9 * 2 + 1))
-    assert baselines[2] == pytest.approx((0.81 * 2 * 2 + 0.9 * 5 - 1) / (0.81 * 2 + 0.9 + 1))
+    assert baselines == [2.0, 4.0, 2.0] and reward.baseline_of(["a", "b"]).tolist() == [1.5, 7.0]
+    assert offline["a"].tolist() == [1.0, 3.0]  # the caller's stay
 
 
 def test_a_constant_of_the_prompt_cancels_in_every_way_to_take_a_baseline():

@@ -114,7 +114,7 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"{what}: leave one of them out"
     if config.contrastive.source == "running" and config.contrastive.refresh:
         yield "--contrastive-source running keeps its baselines up to date by itself: leave --contrastive-refresh out"
-    if config.ppo.critic_warmup >= max(config.ppo.iterations, 1):
+    if config.ppo.critic_warmup >= config.ppo.iterations:
         what = f"--ppo-critic-warmup {config.ppo.critic_warmup} leaves the policy none of"
         yield f"{what} --ppo-iterations {config.ppo.iterations}: lower it"
     if config.data.dataset == "reviews" and config.world.train_prompts < ppo.batch_size // ppo.group_size:
