@@ -4,20 +4,26 @@ import csv
 import importlib
 import io
 import json
+import math
 import sys
 
 import pytest
+import torch
 
 from crlhf import experiments
 from crlhf.config import Config, UserError
-from crlhf.engine.files import Progress
-from crlhf.experiments import choices, critics, hacking, improvement, tables
+from crlhf.engine.files import Progress, read_jsonl, stream, write_jsonl
+from crlhf.experiments import choices, comparison, contenders, critics, hacking, tables
 from crlhf.experiments import harness as H
+from crlhf.law import best_share, measured_law
 from crlhf.pipeline.options import from_dict
 from crlhf.reviews import EXPLOIT
 
-# the functions of these two have their modules' names
-noise, sweep = (importlib.import_module(f"crlhf.experiments.{name}") for name in ("noise", "sweep"))
+# the functions of these have their modules' names
+dose, judged, labels, natural, noise, online, sweep = (
+    importlib.import_module(f"crlhf.experiments.{name}")
+    for name in ("dose", "judged", "labels", "natural", "noise", "online", "sweep")
+)
 
 TINY = {
     "world.demonstrations": 128,
@@ -43,19 +49,19 @@ def test_variants_of_a_seed_share_everything_before_the_baselines(tmp_path):
     base, clean, noisy = tmp_path / "base", tmp_path / "clean", tmp_path / "noisy"
     H.run_base(base, 3, SMALL)
     H.run_one(clean, base, 3, "ppo", SMALL)
-    H.run_one(noisy, base, 3, "contrastive", {**SMALL, "world.prompt_bias": 0.0})
+    H.run_one(noisy, base, 3, "contrastive", {**SMALL, "world.prompt_bias": 2.0})
     for stage in ("data", "sft", "preferences", "reward"):
         assert (base / stage / "stage.json").read_text() == (noisy / stage / "stage.json").read_text()
     for model in ("sft", "reward"):
         name = f"{model}/model.safetensors"
         assert (base / name).stat().st_mtime_ns == (noisy / name).stat().st_mtime_ns  # taken over, not trained again
     config = from_dict(json.loads((noisy / "config.json").read_text()))
-    assert (config.world.prompt_bias, config.run.seed, config.ppo.iterations) == (0.0, 3, 2)
+    assert (config.world.prompt_bias, config.run.seed, config.ppo.iterations) == (2.0, 3, 2)
     assert (base / "baselines" / "baselines.jsonl").read_text() != (noisy / "baselines" / "baselines.jsonl").read_text()
     result = json.loads((noisy / "result.json").read_text())
     assert {"gold", "reward", "kl", "win"} <= set(result) and result["win"] + result["tie"] + result["loss"] == 1
     assert len((noisy / "held_out.jsonl").read_text().splitlines()) == H.RESPONSES * 12
-    variant = H.Variant("contrastive", {**SMALL, "world.prompt_bias": 0.0})
+    variant = H.Variant("contrastive", {**SMALL, "world.prompt_bias": 2.0})
     assert H.is_done(noisy, 3, variant) and not H.is_done(noisy, 4, variant)
     assert not H.is_done(clean, 3, H.Variant("ppo", {**SMALL, "ppo.lr": 0.1}))
 
@@ -106,16 +112,25 @@ def tiny_config():
     return config
 
 
+FEW, FEW_FLIPS = ("ppo", "contrastive", "dpo"), ("flips 0", "topic flips 0.5")
+
+
 @pytest.fixture
 def small_world(monkeypatch):
     """Every experiment on a world and a grid so small that it takes seconds, in this process."""
     changes = {
         H: {"Config": tiny_config, "run_jobs": run_in_order},
-        hacking: {"run_jobs": run_in_order},
-        critics: {"CRITICS": ("reward_model", "none")},
+        **{module: {"run_jobs": run_in_order} for module in (hacking, natural)},
+        critics: {"run_jobs": run_in_order, "CRITICS": {"reward_model": {}, "none": {"ppo.critic": "none"}}},
+        labels: {
+            "run_jobs": run_in_order,
+            "FLIPS": {name: labels.FLIPS[name] for name in ("flips 0", "topic flips 0.5")},
+        },
         choices: {"KS": (1, 4), "SAMPLING": {"T 1": (1.0, 1.0), "p": (1.0, 0.8)}},
-        improvement: {"KL_COEFS": (0.05, 0.5), "BETAS": (0.03, 1.0)},
-        sweep: {"RATES": (1e-3,), "KL_COEFS": (0.02, 0.05), "DPO_RATES": (1e-3,), "BETAS": (0.1,)},
+        dose: {"SDS": (0.5,)},
+        judged: {"PRICES": (0.05, 0.5)},
+        sweep: {"CONTENDERS": {name: contenders.CONTENDERS[name] for name in FEW}, "MOVED": ("ppo",), "STEPS": 3},
+        comparison: {"CONTENDERS": {name: contenders.CONTENDERS[name] for name in FEW}},
         noise: {"AXES": {axis: dict(list(points.items())[:2]) for axis, points in noise.AXES.items()}},
     }
     for module, constants in changes.items():
@@ -129,15 +144,13 @@ def run_in_order(jobs, title):
 
 
 def test_every_experiment_runs_writes_its_csv_and_plots(small_world, tmp_path):
-    """`limits` comes last and reads the CSVs of the others."""
-    names = "sweep compare noise critic samples online sampling frontier adversary scale overoptimisation"
-    for name in names.split():
+    """`compare` reads what `sweep` found."""
+    names = "natural sweep dose critic compare labels judged noise samples online sampling adversary scale"
+    for name in (*names.split(), "overoptimisation"):
         text = experiments.EXPERIMENTS[name](tmp_path / "runs", tmp_path, (0, 1))
         rows = tables.read_csv(tmp_path / f"{name}.csv")
         assert {row["seed"] for row in rows} == {"0", "1"} and "| --- |" in text
         assert (tmp_path / f"{name}.png").exists()
-    assert "comparisons with plain PPO" in experiments.EXPERIMENTS["limits"](tmp_path / "runs", tmp_path)
-    assert tables.read_csv(tmp_path / "limits.csv")
 
 
 def test_every_experiment_states_its_prediction():
@@ -145,29 +158,164 @@ def test_every_experiment_states_its_prediction():
         assert function.__doc__.count("Prediction") == 1
 
 
-def write_sweep(folder, golds):
-    """A sweep.csv with two seeds. golds: (setting, method) -> gold of each seed."""
-    rows = []
-    for (setting, method), pair in golds.items():
-        rows += [{"setting": setting, "method": method, "seed": seed, "gold": gold} for seed, gold in enumerate(pair)]
-    tables.write_csv(folder / "sweep.csv", rows)
+def search(gold_at, method):
+    """Run a method's line search on a known function of (rate, price, epochs)."""
+    golds = {}
+    while cells := sweep.next_cells(golds, method):
+        golds |= {cell: gold_at(*cell) for cell in cells}
+    return golds
 
 
-def test_tuned_takes_the_best_mean_of_the_sweep(tmp_path):
-    golds = {("lr 0.001, kl 0.05", "ppo"): (0.0, 0.5), ("lr 0.002, kl 0.02", "ppo"): (0.2, 0.2)}
-    golds |= {("lr 0.0005, kl 0.01", "adaptive"): (1.0, 1.0), ("lr 0.003, beta 0.1", "dpo"): (0.0, 0.0)}
-    write_sweep(tmp_path, golds)
-    assert sweep.tuned(tmp_path, "ppo") == {"ppo.lr": 0.001, "ppo.critic_lr": 0.001, "ppo.kl_coef": 0.05}
-    assert sweep.tuned(tmp_path, "adaptive") == {"ppo.lr": 0.0005, "ppo.critic_lr": 0.0005, "ppo.kl_coef": 0.01}
-    assert sweep.tuned(tmp_path, "dpo") == {"dpo.lr": 0.003, "dpo.beta": 0.1}
+@pytest.mark.parametrize("method, epochs", [("ppo", 4), ("contrastive", 2), ("dpo", 2)])
+def test_the_line_search_ends_with_its_best_cell_between_worse_ones(method, epochs):
+    rate, price, _ = sweep.start_of(method)
+    best = 4 * rate, price / 8, epochs
+    golds = search(
+        lambda r, p, e: -abs(math.log2(r / best[0])) - abs(math.log2(p / best[1])) - abs(e - best[2]), method
+    )
+    assert max(golds, key=golds.get) == best
+    for side in (0.5, 2.0):
+        assert (side * best[0], price, 2) in golds and (best[0], side * best[1], 2) in golds
+    assert len(golds) == 5 + 5 + (method == "ppo")  # rates 1/2 to 8, prices 2 to 1/16, the best rate and price once
 
 
-def test_a_sweep_that_is_missing_or_of_another_grid_is_named(tmp_path):
-    with pytest.raises(UserError, match="sweep.csv is missing: run 'python -m crlhf experiment sweep' first"):
-        sweep.tuned(tmp_path, "ppo")
-    write_sweep(tmp_path, {("lr 7, kl 0.05", "ppo"): (0.0, 0.5)})
-    with pytest.raises(UserError, match="holds 'lr 7, kl 0.05', which is no setting of the sweep"):
-        sweep.tuned(tmp_path, "ppo")
+def test_a_search_that_never_turns_ends(monkeypatch):
+    monkeypatch.setattr(sweep, "STEPS", 3)
+    golds = search(lambda r, p, e: r, "contrastive")
+    assert len({cell[0] for cell in golds}) == 5 and len(golds) == 7  # two, three more, then two prices
+
+
+def test_tuned_reads_what_the_sweep_found(tmp_path):
+    best = [{"sd": sd, "method": method, "rate": "0.00025", "price": "0.1", "epochs": epochs}
+            for sd, method, epochs in ((0.0, "ppo", 2), (1.0, "ppo", 4), (0.0, "dpo", 2))]  # fmt: skip
+    tables.write_csv(tmp_path / "sweep_best.csv", best)
+    found = {"ppo.lr": 0.00025, "ppo.critic_lr": 0.00025, "ppo.kl_coef": 0.1, "world.prompt_bias": 1.0, "ppo.epochs": 4}
+    assert sweep.tuned(tmp_path, "ppo", 1.0) == found
+    assert sweep.tuned(tmp_path, "dpo", 1.0) == {"world.prompt_bias": 0.0, "dpo.lr": 0.00025, "dpo.beta": 0.1}
+    with pytest.raises(UserError, match="sweep_best.csv has no line for 'adaptive' at sd 0: run "):
+        sweep.tuned(tmp_path, "adaptive", 0.0)
+    with pytest.raises(UserError, match="sweep_best.csv is missing: run 'python -m crlhf experiment sweep' first"):
+        sweep.tuned(tmp_path / "none", "ppo", 0.0)
+
+
+def test_p_values_are_those_of_student():
+    """t = 2.262 with nine degrees of freedom is the two-sided 5% point of the tables."""
+    gaps = [1.0, -1.0] * 5
+    shift = 2.2622 * (sum(gap**2 for gap in gaps) / 9) ** 0.5 / 10**0.5
+    assert tables.p_value([gap + shift for gap in gaps]) == pytest.approx(0.05, abs=1e-4)
+
+
+def test_holm_by_hand():
+    """Sorted 0.01, 0.02, 0.03, 0.2 times 4, 3, 2, 1, and never below the one before."""
+    assert tables.holm([0.2, 0.01, 0.03, 0.02]) == pytest.approx([0.2, 0.04, 0.06, 0.06])
+    assert tables.holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+def test_gains_are_starred_after_correction():
+    text = tables.gains_table(finals(), ("contrastive",), "gold", "where")
+    assert "| here | +0.200 ± 0.248 |" in text  # p is 0.07
+    sure = [
+        {**row, "gold": row["seed"] + (row["method"] == "contrastive") * (1 + row["seed"] / 100)} for row in finals()
+    ]
+    assert "+1.010 ± 0.025 *" in tables.gains_table(sure, ("contrastive",), "gold", "where")
+
+
+def test_disagreement_is_split_into_level_and_rest():
+    g = stream(0, "split")
+    level, rest = 0.3 * torch.randn(4000, 1, generator=g), 0.8 * torch.randn(4000, 16, generator=g)
+    found = natural.split(level + rest)
+    assert found["level"] == pytest.approx(0.3, abs=0.02) and found["rest"] == pytest.approx(0.8, abs=0.01)
+    assert found["share"] == pytest.approx(0.09 / 0.73, abs=0.01)
+
+
+def test_offset_is_what_gold_does_not_explain():
+    g = stream(0, "offset")
+    gold = torch.randn(4000, 1, generator=g) + torch.randn(4000, 16, generator=g)
+    offset = 0.5 * torch.randn(4000, 1, generator=g)
+    found = natural.against_gold(2.0 * gold + offset, gold)
+    assert found["offset"] == pytest.approx(0.5, abs=0.02)
+    assert found["correlation"] == pytest.approx(
+        2 * (17 / 16) / (4 * 17 / 16 + 0.25) ** 0.5 / (17 / 16) ** 0.5, abs=0.01
+    )
+
+
+def test_shrunk_baselines_keep_their_middle(small_world, tmp_path):
+    H.prepare_bases(tmp_path, [0], [{}])
+    critics.shrunk_base(tmp_path / "seed0")
+    old, new = (
+        torch.tensor(
+            [row["rewards"] for row in read_jsonl(tmp_path / "seed0" / base / "baselines" / "baselines.jsonl")]
+        )
+        for base in ("base", critics.SHRUNK)
+    )
+    share = best_share(measured_law(old)["rho"], old.shape[1])
+    assert new.mean() == pytest.approx(old.mean().item(), abs=1e-6)
+    assert torch.allclose(new - new.mean(), share * (old - old.mean()), atol=1e-6)
+
+
+def test_a_critic_that_is_told_the_baseline_undoes_the_contrast():
+    assert all(float(text.split()[-1].rstrip(";.")) < 1e-5 for text in critics.identities().split("; "))
+
+
+def test_openings_have_as_many_sentences_as_asked():
+    for sentences in (1, 3):
+        found = labels.openings(300, sentences, "0-x")
+        assert len(found) == 300 and all(prompt.count(".") == sentences for prompt in found)
+
+
+def rows_of(golds, rewards):
+    return [{"gold": g, "reward": r, "kl": 1.0, "response": f"{g} {r}"} for g, r in zip(golds, rewards)]
+
+
+def test_margins_by_hand():
+    """Gold: two wins, a loss, a tie. Reward: all lost but the last, where the responses are equal."""
+    a, b = rows_of([1.0, 2.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0]), rows_of([0.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0])
+    found = judged.margins(a, b, 1e9, stream(0, "judge"))
+    assert found["difference"] == 0.5 and (found["gold_win"], found["gold_tie"], found["gold_loss"]) == (
+        0.5,
+        0.25,
+        0.25,
+    )
+    assert found["reward_margin"] == -0.75
+    assert found["noisy_margin"] == 0.25 and found["noisy_tie"] == 0.25  # so sure a judge is gold
+
+
+def test_noisy_judge_agrees_with_gold_as_often_as_asked():
+    g = stream(0, "judge")
+    base = [{"gold": value} for value in torch.randn(4 * 500, generator=g).tolist()]
+    beta = judged.calibrated([base])
+    gold = torch.tensor([row["gold"] for row in base])
+    a, b = (rows_of(part.tolist(), part.tolist()) for part in (gold[:500], gold[500:1000]))
+    agree = sum(
+        judged.margins(a[i : i + 1], b[i : i + 1], beta, g)["noisy_win"] == (gold[i] > gold[500 + i])
+        for i in range(500)
+    )
+    assert agree / 500 == pytest.approx(judged.AGREEMENT, abs=0.06)
+
+
+def test_needed_difference_is_the_slope_through_the_origin():
+    every = [{"seed": seed, "difference": d, "gold_margin": 2 * d} for seed in (0, 1) for d in (0.1, -0.3)]
+    assert judged.needed(every, "gold") == pytest.approx([0.1, 0.1])
+
+
+def test_methods_that_cancel_a_constant_are_paired_with_every_dose():
+    rows = [{"setting": dose.NONE, "method": m, "seed": 0, "rho": 0.1, "gold": 1.0} for m in ("ppo", *dose.CANCEL)]
+    rows.append({"setting": "nothing, sd 1", "method": "ppo", "seed": 0, "rho": 0.8, "gold": 0.5})
+    copies = dose.same_at_any_dose(rows)
+    assert [(row["setting"], row["method"], row["gold"]) for row in copies] == [
+        ("nothing, sd 1", m, 1.0) for m in dose.CANCEL
+    ]
+    assert {row["rho"] for row in copies} == {0.8}
+
+
+def test_a_course_leaves_the_warm_up_out(tmp_path):
+    rows = [
+        {"gold": float(i), "reward_variance": 2.0, "contrastive_variance": 1.0, "explained_variance": 0.1}
+        for i in range(6)
+    ]
+    write_jsonl(tmp_path / "metrics.jsonl", rows)
+    found = H.course(tmp_path, 2)
+    assert found["mean_gold"] == 3.5 and found["ratio_start"] == 0.5 and math.isnan(found["coefficient"])
 
 
 def test_edited_baselines_hold_the_phrase_or_do_not():
@@ -177,12 +325,6 @@ def test_edited_baselines_hold_the_phrase_or_do_not():
     assert hacking.edited("i hated the cast . the plot was dull . i", False) == "the plot was dull . i"
     assert EXPLOIT in hacking.edited("the plot was dull .", True)
     assert hacking.edited("i hated the cast .", False) and EXPLOIT not in hacking.edited("i hated the cast .", False)
-
-
-def test_gold_at_a_kl_is_interpolated_and_never_extrapolated():
-    rows = [{"method": "ppo", "seed": 0, "kl": kl, "gold": gold} for kl, gold in ((4.0, 1.0), (1.0, 0.0), (2.0, 0.5))]
-    assert improvement.gold_at(rows, "ppo", 0, 3.0) == pytest.approx(0.75)
-    assert improvement.gold_at(rows, "ppo", 0, 5.0) == "" and improvement.gold_at(rows, "ppo", 0, 0.5) == ""
 
 
 def test_a_scaled_base_scales_every_score(small_world, tmp_path):
@@ -202,5 +344,5 @@ def silent_reward(base):
 def test_gold_within_a_time_is_that_of_the_last_rollouts_then():
     steps = [{"gold": float(gold)} for gold in range(10)]
     spent = [1.0 + second for second in range(10)]
-    assert critics.recent_gold(steps, spent, 7.5) == 4.0  # rollouts 2 to 6
-    assert critics.recent_gold(steps, spent, 2.0) == 0.5 and critics.recent_gold(steps, spent, 0.1) == 0.0
+    assert online.recent_gold(steps, spent, 7.5) == 4.0  # rollouts 2 to 6
+    assert online.recent_gold(steps, spent, 2.0) == 0.5 and online.recent_gold(steps, spent, 0.1) == 0.0

@@ -13,20 +13,24 @@ from pathlib import Path
 from ..config import UserError
 from ..engine.files import write_atomic
 from .choices import samples, sampling, scale
-from .critics import critic, online
+from .comparison import compare
+from .critics import critic
 from .difficulty import difficulty
+from .dose import dose
 from .hacking import adversary, overoptimisation
-from .improvement import compare, frontier
-from .limits import limits
+from .judged import judged
+from .labels import labels
+from .natural import natural
 from .noise import noise
+from .online import online
 from .pairing import pairing
 from .real import real
 from .sweep import sweep
 from .theorem import theorem
 from .variance import variance
 
-QUESTIONS = (sweep, variance, difficulty, theorem, compare, noise, critic, samples, online, sampling, frontier)
-QUESTIONS += (adversary, scale, overoptimisation, limits)  # in this order: some read the CSVs of others
+QUESTIONS = (natural, sweep, dose, critic, compare, labels, judged)
+QUESTIONS += (variance, difficulty, theorem, noise, samples, online, sampling, adversary, scale, overoptimisation)
 READERS = (real, pairing)  # of runs that take hours and a pretrained model: no part of `all`
 EXPERIMENTS = {function.__name__: function for function in (*QUESTIONS, *READERS)}
 

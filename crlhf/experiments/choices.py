@@ -9,7 +9,18 @@ from safetensors.torch import load_file, save_file
 
 from ..engine.files import read_json, read_jsonl
 from ..pipeline.folder import seal
-from .harness import SEEDS, Variant, copy_base, curves, default, is_finished, prepare_bases, results, run_variants
+from .harness import (
+    STRESS_SEEDS,
+    Variant,
+    copy_base,
+    curves,
+    default,
+    is_finished,
+    prepare_bases,
+    results,
+    run_variants,
+    stressed,
+)
 from .plotting import plot_samples, plot_sampling, plot_scale
 from .tables import (
     difference,
@@ -36,7 +47,7 @@ SAMPLING = {
 REWARD_SCALES = (0.1, 1.0, 10.0)
 
 
-def samples(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
+def samples(root: Path, figures: Path, seeds: Sequence[int] = STRESS_SEEDS) -> str:
     """How many offline samples a prompt: does more always help, and what do they cost?
 
     Prediction: the noise that the baseline adds is E[s_ref^2]/k, so going from 1 to 4 removes three quarters of it
@@ -45,7 +56,7 @@ def samples(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
     """
     variants = {(f"k={k}", "contrastive"): Variant("contrastive", {"baselines.k": k}) for k in KS}
     variants["none", "ppo"] = Variant("ppo")
-    runs = run_variants(root, variants, seeds, "samples")
+    runs = run_variants(root, stressed(variants), seeds, "samples")
     rows, steps = results(runs), curves(runs, ("gold",))
     half_way = statistics.fmean(values(rows, "none", "ppo")) / 2 + start_of(steps) / 2
     for row in rows:
@@ -85,7 +96,7 @@ def first_reach(steps: list[dict], run: dict, level: float, window: int = 5) -> 
     return len(golds)
 
 
-def sampling(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
+def sampling(root: Path, figures: Path, seeds: Sequence[int] = STRESS_SEEDS) -> str:
     """At which temperature and nucleus p should baselines be drawn?
 
     Prediction: sharper sampling draws likelier, better formed responses, so the baseline lies above the SFT policy's
@@ -97,7 +108,7 @@ def sampling(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
     for name, (temperature, top_p) in SAMPLING.items():
         settings = {"baselines.temperature": temperature, "baselines.top_p": top_p}
         variants[name, "contrastive"] = Variant("contrastive", settings)
-    runs = run_variants(root, variants, seeds, "sampling")
+    runs = run_variants(root, stressed(variants), seeds, "sampling")
     rows = results(runs)
     true_means = {seed: baseline_means(runs[("T 1", "contrastive"), seed]) for seed in seeds}
     for row in rows:
@@ -124,7 +135,7 @@ def baseline_means(out: Path) -> dict[str, float]:
     return {row["prompt"]: statistics.fmean(row["rewards"]) for row in rows}
 
 
-def scale(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
+def scale(root: Path, figures: Path, seeds: Sequence[int] = STRESS_SEEDS) -> str:
     """Dynamic scaling: what does lambda do, and does it make training stable over the scale of the reward?
 
     Prediction: whitening removes the size of the advantages, so the reward's scale acts through the KL price alone:
@@ -149,11 +160,11 @@ def scale(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
                 scaled_base(root / f"seed{seed}", factor)
         # the rater's constant is part of the reward and is scaled with it; the question shows early
         common = {"ppo.iterations": default("ppo.iterations") // 2}
-        common["world.prompt_bias"] = factor * default("world.prompt_bias")
+        common["world.prompt_bias"] = factor
         for label, (method, knobs) in ways.items():
             if factor == 1 or label != "contrastive, magnitude":  # which keeps the raw reward's scale
                 variants[f"reward x {factor:g}", label] = Variant(method, knobs | common, base)
-    runs = run_variants(root, variants, seeds, "scale")
+    runs = run_variants(root, stressed(variants), seeds, "scale")
     rows, steps = results(runs), curves(runs, ("gold", "kl", "scale"))
     write_csv(figures / "scale.csv", rows)
     write_csv(figures / "scale_curves.csv", [row for row in steps if row["scale"] != ""])

@@ -1,127 +1,148 @@
-"""What else changes the part that contrastive rewards play: when baselines are drawn, and what the critic knows."""
+"""The critic's part: how much of what contrast does, for better or worse, goes through the critic?
 
-import itertools
-import statistics
+Two identities say what to look for. GAE is linear, so GAE(r - b, V - b) = GAE(r, V): a critic that is told b(x) at
+every step turns contrastive PPO into plain PPO again, and a plain one that is told c b(x), with c fitted, into
+`adaptive`. What is left for contrast is what the critic doesn't know, and what contrast costs is what the critic has to
+learn: the noise of b is part of every return.
+"""
+
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..engine.files import read_json, read_jsonl
-from ..engine.training import prompt_order
-from ..evaluate import mean_interval
-from .harness import SEEDS, Variant, configured, curves, default, results, run_variants
-from .plotting import plot_critic, plot_online
-from .tables import distinct, interval, markdown, plus_minus, select, table, write_csv
+import torch
 
-SECONDS = 5  # what every method gets when `online` compares at equal wall time
-CRITICS = ("reward_model", "zero_head", "shared", "none")
-PHASES = ("seconds_rollout", "seconds_scoring", "seconds_update")
+from ..engine.files import read_jsonl, stream, write_jsonl
+from ..law import best_share, measured_law
+from ..pipeline.folder import seal
+from ..pipeline.plots import finish, plt
+from ..ppo import gae
+from .contenders import at
+from .harness import (
+    SEEDS,
+    Variant,
+    base_name,
+    copy_base,
+    default,
+    is_finished,
+    prepare_bases,
+    results,
+    run_jobs,
+    run_variants,
+)
+from .plotting import plot_intervals
+from .tables import distinct, gains_table, interval, markdown, plus_minus, read_rows, write_csv
 
-
-def online(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
-    """Offline baselines, refreshed ones, or groups of responses compared with each other?
-
-    Prediction: offline baselines are the cheapest and go stale; baselines drawn from the current policy never do,
-    and cost k generations a prompt in every step. With a critic that learns, staleness should cost little. At an
-    equal number of generated responses fresh baselines leave far fewer steps, and should lose. Groups get their
-    baselines from the rollout itself, but see a quarter of the prompts; they should be about as good.
-    """
-    batch_size, k = default("ppo.batch_size"), default("baselines.k")
-    budget = default("ppo.iterations") * batch_size + default("world.train_prompts") * k  # of the offline method
-    group = {"ppo.group_size": 4, "contrastive.source": "group"}
-    fresh = {"contrastive.refresh": 1, "ppo.iterations": budget // (batch_size * (1 + k))}
-    group_in_budget = {**group, "ppo.iterations": budget // batch_size}
-    variants = {
-        ("same steps", "plain"): Variant("ppo"),
-        ("same steps", "offline"): Variant("contrastive"),
-        ("same steps", "refreshed every 20"): Variant("contrastive", {"contrastive.refresh": 20}),
-        ("same steps", "groups of 4"): Variant("contrastive", group),
-        ("same steps", "offline, no critic"): Variant("contrastive", {"ppo.critic": "none"}),
-        ("same steps", "groups of 4, no critic"): Variant("contrastive", {**group, "ppo.critic": "none"}),
-        ("same responses", "offline"): Variant("contrastive"),
-        ("same responses", "fresh every step"): Variant("contrastive", fresh),
-        ("same responses", "groups of 4"): Variant("contrastive", group_in_budget),
-    }
-    runs = run_variants(root, variants, seeds, "online")
-    rows, steps = results(runs), curves(runs, ("gold", "kl", *PHASES))
-    for row in rows:
-        label = row["setting"], row["method"]
-        run_steps = select(steps, setting=row["setting"], method=row["method"], seed=row["seed"])
-        responses, seconds = offline_cost(runs[label, row["seed"]], variants[label])
-        responses += batch_size * len(run_steps) + refreshed_responses(variants[label], len(run_steps))
-        step_seconds = [sum(step[phase] for phase in PHASES) for step in run_steps]
-        spent = list(itertools.accumulate(step_seconds, initial=seconds))[1:]
-        row |= {"responses": responses, "training_seconds": spent[-1]}
-        row["gold_in_time"] = recent_gold(run_steps, spent, SECONDS)
-    write_csv(figures / "online.csv", rows)
-    kept = ("setting", "method", "seed", "iteration", "gold", "kl")
-    write_csv(figures / "online_curves.csv", [{key: row[key] for key in kept} for row in steps])
-    plot_online(rows, steps, figures / "online.png")
-    lines = []
-    for setting, method in variants:
-        responses = f"{interval(rows, setting, method, 'responses')[0]:.0f}"
-        seconds = plus_minus(interval(rows, setting, method, "training_seconds"), 1)
-        in_time = plus_minus(interval(rows, setting, method, "gold_in_time"), 3)
-        lines.append([setting, method, responses, seconds, in_time])
-    head = ["setting", "baselines", "responses generated", "seconds of training", f"gold after {SECONDS} s"]
-    return table(rows, "at", "offline") + "\n\n" + markdown(head, lines)
+WARM_UP = 15  # iterations in which only the critic learns; the policy has as many as ever
+CRITICS = {
+    "reward_model": {},
+    "warmed up": {"ppo.critic_warmup": WARM_UP, "ppo.iterations": default("ppo.iterations") + WARM_UP},
+    "zero_head": {"ppo.critic": "zero_head"},
+    "shared": {"ppo.critic": "shared"},
+    "none": {"ppo.critic": "none"},
+}
+METHODS = ("ppo", "contrastive", "adaptive")
+SHRUNK = "base shrunk"
 
 
-def recent_gold(steps: list[dict], spent: list[float], seconds: float, window: int = 5) -> float:
-    """Mean gold of the last five rollouts within a time, offline sampling included; of the first if there is none."""
-    done = max(sum(moment <= seconds for moment in spent), 1)
-    return statistics.fmean(step["gold"] for step in steps[max(0, done - window) : done])
+def critic(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:16]) -> str:
+    """Without any constant: which critic makes contrast better or worse, and does anything beat `adaptive` there?
 
+    Endpoints: mean true reward over the iterations in which the policy learned; held-out true reward at the end.
+    Sixteen seeds; Holm's correction over each table.
 
-def offline_cost(out: Path, variant: Variant) -> tuple[int, float]:
-    """(responses, seconds) of the baselines that were drawn before training."""
-    if variant.method == "ppo" or variant.settings.get("contrastive.source") == "group":
-        return 0, 0.0
-    report = read_json(out / "baselines" / "variance.json")
-    return report["k"] * len(read_jsonl(out / "baselines" / "baselines.jsonl")), report["seconds"]
-
-
-def refreshed_responses(variant: Variant, iterations: int) -> int:
-    """Responses drawn for new baselines during training: k for every prompt that comes until the next refresh."""
-    config = configured("", 0, variant.method, variant.settings)
-    every, prompts = config.contrastive.refresh, 0
-    if not every:
-        return 0
-    for first in range(every, iterations, every):
-        coming = range(first, min(first + every, iterations))
-        prompts += len(prompt_order(config.world.train_prompts, config.ppo, coming, 0))
-    return config.baselines.k * prompts
-
-
-def critic(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
-    """With which critic do contrastive rewards matter most?
-
-    Prediction: a critic that follows the reward absorbs a constant per prompt by itself (GAE(r - b, V - b) is
-    GAE(r, V)), so the worse the critic the more contrastive rewards help: most without one (REINFORCE), where the
-    variance of the reward is the variance of the advantage; least with one that starts as the reward model. That one
-    in turn starts from the wrong target under contrastive rewards: it predicts r and not r - b.
+    Prediction. (1) Contrastive PPO's critic explains less than plain PPO's, whichever it is, since it has the noise of
+    b to learn as well. (2) What c = 1 loses is mostly that: without a critic it loses nothing against plain PPO without
+    one (REINFORCE). (3) A long warm-up helps plain PPO and not contrastive PPO. (4) Two candidates against adaptive
+    PPO: c from the k rewards of the baselines (James and Stein), fixed over the run, which goes stale; and adaptive
+    with a running baseline, which doesn't. Neither is above adaptive by 0.02.
     """
     variants = {}
-    for kind in CRITICS:
-        for method in ("ppo", "contrastive", "adaptive"):
-            variants[kind, method] = Variant(method, {"ppo.critic": kind})
-    runs = run_variants(root, variants, seeds, "critic")
-    rows, steps = results(runs), curves(runs, ("gold", "kl", "explained_variance", "advantage_std"))
+    for kind, settings in CRITICS.items():
+        for method in METHODS:
+            variants[kind, method] = at(method, settings)
+    variants["reward_model", "c from k rewards"] = Variant("contrastive", {}, SHRUNK)
+    variants["reward_model", "adaptive, running"] = Variant("adaptive", {"contrastive.source": "running"})
+    variants["reward_model", "running (SPO)"] = at("running (SPO)", {})
+    prepare_bases(root, seeds, [{}])
+    folders = [root / f"seed{seed}" for seed in seeds]
+    run_jobs([(shrunk_base, folder) for folder in folders if not is_finished(folder / SHRUNK)], "shrunk baselines")
+    rows = results(run_variants(root, variants, seeds, "critic"))
     write_csv(figures / "critic.csv", rows)
-    write_csv(figures / "critic_curves.csv", steps)
-    plot_critic(rows, steps, figures / "critic.png")
+    plot_critic(rows, figures / "critic.png")
+    return report(figures)
+
+
+def report(figures: Path) -> str:
+    rows = read_rows(figures / "critic.csv")
+    methods = distinct(rows, "method")
+    parts = [identities(), foresight_table(rows)]
+    for key, name in (("mean_gold", "Gold over all iterations"), ("gold", "Held-out gold at the end")):
+        gains = gains_table(rows, methods[1:], key, "critic")
+        parts.append(f"{name}, minus plain PPO with the same critic:\n\n{gains}")
+    parts.append("Minus adaptive PPO, over all iterations:\n\n" + candidates_table(rows))
+    return "\n\n".join(parts)
+
+
+def candidates_table(rows: list[dict]) -> str:
+    candidates = ("c from k rewards", "adaptive, running", "running (SPO)")
+    chosen = [row for row in rows if row["setting"] == "reward_model"]
+    return gains_table(chosen, candidates, "mean_gold", "critic", "adaptive")
+
+
+def shrunk_base(folder: Path) -> None:
+    """In a process of its own: a base whose baselines are c* b, with c* from the k rewards of each prompt alone."""
+    source, target = folder / base_name({}), folder / SHRUNK
+    copy_base(source, target)
+    rows = read_jsonl(target / "baselines" / "baselines.jsonl")
+    rewards = torch.tensor([row["rewards"] for row in rows])
+    share, middle = best_share(measured_law(rewards)["rho"], rewards.shape[1]), rewards.mean().item()
+    for row in rows:
+        row["rewards"] = [middle + share * (reward - middle) for reward in row["rewards"]]
+    write_jsonl(target / "baselines" / "baselines.jsonl", rows)
+    seal(target / "baselines")
+    write_jsonl(target / "held_out.jsonl", read_jsonl(source / "held_out.jsonl"))
+
+
+def identities() -> str:
+    """The two identities on random numbers, to the last digits of float32."""
+    draw = stream(0, "identities")
+    rewards, values = torch.randn(8, 12, generator=draw), torch.randn(8, 12, generator=draw)
+    mask = torch.arange(12) < torch.arange(5, 13)[:, None]  # (B, T): responses of different lengths
+    b = torch.randn(8, 1, generator=draw)
+    last = torch.nn.functional.one_hot(mask.sum(1) - 1, 12)
     lines = []
-    for kind, method in variants:
-        if kind != "none":
-            run_steps = select(steps, setting=kind, method=method)
-            lines.append([kind, method] + [explained(run_steps, *part) for part in ((0, 10), (20, 60))])
-    head = ["critic", "method", "explained variance, iterations 0-9", "20-59"]
-    return table(rows, "critic") + "\n\n" + markdown(head, lines)
+    for c in (1.0, 0.3):
+        told = gae(rewards - c * b * last, values - c * b, mask, 1.0, default("ppo.lam"))[0]
+        gap = ((told - gae(rewards, values, mask, 1.0, default("ppo.lam"))[0]) * mask).abs().max()
+        lines.append(f"a critic that is told {c:g} b: advantages differ from plain PPO's by at most {gap:.0e}")
+    return "; ".join(lines) + "."
 
 
-def explained(steps: list[dict], first: int, last: int) -> str:
-    """'mean ± half' over seeds of the explained variance's mean over some iterations."""
-    steps = [row for row in steps if first <= row["iteration"] < last]
-    means = []
-    for seed in distinct(steps, "seed"):
-        means.append(statistics.fmean(row["explained_variance"] for row in select(steps, seed=seed)))
-    return plus_minus(mean_interval(means))
+def foresight_table(rows: list[dict]) -> str:
+    """Explained variance of every critic, and the two endpoints."""
+    lines = []
+    for setting in distinct(rows, "setting"):
+        for method in [row["method"] for row in rows if row["setting"] == setting and row["seed"] == rows[0]["seed"]]:
+            foreseen = "" if setting == "none" else plus_minus(interval(rows, setting, method, "explained"))
+            golds = [plus_minus(interval(rows, setting, method, key), 3) for key in ("mean_gold", "gold")]
+            lines.append([setting, method, foreseen, *golds])
+    return markdown(
+        ["critic", "method", "explained variance, from iteration 20", "gold over the run", "at the end"], lines
+    )
+
+
+def plot_critic(rows: list[dict], path: Path) -> str:
+    """What each critic foresees, and what contrast adds to plain PPO with it, over the run and at the end."""
+    figure, axes = plt.subplots(1, 3, figsize=(12.5, 4.2))
+    known = [row for row in rows if row["setting"] != "none"]
+    plot_intervals(axes[0], known, METHODS, "explained", line="none")
+    for axis, key in zip(axes[1:], ("mean_gold", "gold")):
+        plot_intervals(axis, rows, METHODS[1:], key, "ppo", line="none")
+        axis.axhline(0, color="black", linewidth=0.8)
+    axes[0].set(ylabel="explained variance", title="What the critic foresees", ylim=(None, 1.2 * axes[0].get_ylim()[1]))
+    axes[1].set(ylabel="gold minus plain PPO, paired", title="Over the whole run")
+    axes[2].set(ylabel="gold minus plain PPO, paired", title="Held-out, at the end")
+    for axis in axes:
+        axis.tick_params(axis="x", labelsize=8)
+    axes[0].legend(fontsize=8, loc="upper right")
+    return finish(figure, path)

@@ -26,7 +26,7 @@ from ..pipeline.pipeline import Pipeline
 from ..pipeline.plots import STYLES, finish, plt
 from ..policy import generate
 from .estimators import correlation, fit_line, gradient_shares, quantile_groups
-from .harness import SEEDS, Label, Variant, analyse, open_run, run_variants
+from .harness import STRESS_SEEDS, Label, Variant, analyse, open_run, run_variants, stressed
 from .plotting import plot_points
 from .tables import markdown, plus_minus, select, write_csv
 from .variance import EARLY
@@ -153,7 +153,7 @@ def calibration(r: Tensor, gold: Tensor, fresh_gold: Tensor, facts: dict[str, Te
 # ----------------------------------------------------------------------------------------- the experiment
 
 
-def difficulty(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
+def difficulty(root: Path, figures: Path, seeds: Sequence[int] = STRESS_SEEDS) -> str:
     """What do raw and contrastive rewards say of easy and hard prompts, and who gets the gradient?
 
     Prediction, for raters with constants of standard deviation 1 per prompt. (1) The opening counts in gold, so gold
@@ -172,7 +172,7 @@ def difficulty(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
     variants = {("default", method): Variant(method) for method in ("ppo", "contrastive")}
     for name, iterations in zip(early_names(), EARLY):
         variants["default", name] = Variant("ppo", {"ppo.iterations": iterations})
-    rows = analyse(root, "difficulty", measure, run_variants(root, variants, seeds, "difficulty"), seeds)
+    rows = analyse(root, "difficulty", measure, run_variants(root, stressed(variants), seeds, "difficulty"), seeds)
     write_csv(figures / "difficulty.csv", rows)
     plot_difficulty(rows, figures / "difficulty.png")
     return difficulty_table(rows)

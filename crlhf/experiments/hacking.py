@@ -12,7 +12,7 @@ from ..pipeline.run import run_to
 from ..policy import generate
 from ..reviews import EXPLOIT
 from .harness import (
-    SEEDS,
+    STRESS_SEEDS,
     Variant,
     base_name,
     configured,
@@ -25,16 +25,17 @@ from .harness import (
     run_jobs,
     run_variants,
     silent_pipeline,
+    stressed,
 )
 from .plotting import plot_adversary, plot_overoptimisation
 from .tables import interval, labels_of, table, write_csv
 
 METHODS = ("ppo", "contrastive")
-FOOLED = {"world.fooled": 1.0}
+FOOLED = {"world.fooled": 1.0, "world.prompt_bias": 1.0}
 EDITS = {True: "phrase in all baselines", False: "phrase in no baseline"}
 
 
-def overoptimisation(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
+def overoptimisation(root: Path, figures: Path, seeds: Sequence[int] = STRESS_SEEDS) -> str:
     """With no KL price and more steps: when does gold turn down while the reward still rises?
 
     Prediction: gold rises, then falls behind the reward as the KL grows (Gao et al. 2023). The contrast subtracts a
@@ -43,7 +44,7 @@ def overoptimisation(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) ->
     """
     settings = {"ppo.kl_coef": 0.0, "ppo.iterations": 100}
     variants = {("no KL price", method): Variant(method, settings) for method in METHODS}
-    runs = run_variants(root, variants, seeds, "overoptimisation")
+    runs = run_variants(root, stressed(variants), seeds, "overoptimisation")
     rows, steps = results(runs), curves(runs, ("gold", "reward", "kl", "ended", "response_length"))
     write_csv(figures / "overoptimisation.csv", rows)
     write_csv(figures / "overoptimisation_curves.csv", steps)
@@ -51,7 +52,7 @@ def overoptimisation(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) ->
     return table(rows, "setting")
 
 
-def adversary(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
+def adversary(root: Path, figures: Path, seeds: Sequence[int] = STRESS_SEEDS) -> str:
     """Raters who fall for a phrase teach the reward model a hole. Does the contrast help, and what mends it?
 
     Prediction: PPO finds the phrase with every reward. Whether the baselines hold the phrase changes only the
@@ -60,7 +61,7 @@ def adversary(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
     contrastive and plain rewards are mended alike.
     """
     folders = [(root / f"seed{seed}", seed) for seed in seeds]
-    fooled = {("fooled raters", method): Variant(method, FOOLED) for method in METHODS}
+    fooled = {("fooled raters", method): Variant(method, FOOLED, base_name(FOOLED)) for method in METHODS}
     for name in EDITS.values():
         fooled["fooled raters", f"contrastive, {name}"] = Variant("contrastive", FOOLED, f"base {name}")
     again = {("retrained on exploits", method): Variant(method, FOOLED, "base retrained") for method in METHODS}
@@ -76,7 +77,7 @@ def adversary(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
     fooled_runs = run_variants(root, fooled, seeds, "fooled raters")
     jobs = [(retrained_base, *pair) for pair in folders if not is_finished(pair[0] / "base retrained")]
     run_jobs(jobs, "reward models retrained on exploits")
-    honest_runs = run_variants(root, honest, seeds, "honest raters")
+    honest_runs = run_variants(root, stressed(honest), seeds, "honest raters")
     rows = results(honest_runs | fooled_runs | run_variants(root, again, seeds, "retrained"))
     write_csv(figures / "adversary.csv", rows)
     plot_adversary(rows, figures / "adversary.png")
@@ -119,7 +120,7 @@ def retrained_base(folder: Path, seed: int) -> None:
     pipeline = silent_pipeline(configured(target, seed, "contrastive", FOOLED))
     world, tokenizer, length = pipeline.config.world, pipeline.tokenizer(), pipeline.config.data.max_response_tokens
     prompts = reviews.make_prompts(world.pairs, f"{seed}-exploits", avoid=pipeline.prompts("eval"))
-    policies = pipeline.model("sft"), open_run(folder / Variant("ppo", FOOLED).name()).model("ppo")
+    policies = pipeline.model("sft"), open_run(folder / Variant("ppo", FOOLED, base_name(FOOLED)).name()).model("ppo")
     sides = []
     for side, policy in enumerate(policies):
         responses, *_ = generate(policy, tokenizer, prompts, length, generator=stream(seed, "exploits", side))

@@ -5,18 +5,21 @@ SFT policy, preferences and reward model (the "base"), meet the same prompts in 
 same random streams, so differences between variants are paired. Every run is an ordinary run folder: an experiment
 that was stopped goes on where it was, and two experiments that need the same run share it.
 
-A run's result is measured on 256 held-out prompts with four responses each. Intervals are 95% Student t intervals
-over seeds.
+Two endpoints, fixed before any run: `mean_gold`, the true reward of the rollouts, over all iterations; and `gold`, that
+of four responses to each of 256 held-out prompts at the end. Seeds for tuning, for pilots and for results are disjoint.
+How many: of two runs of one seed `mean_gold` differs by chance with a standard deviation of 0.03 (pilots), so 24 seeds
+see a difference of 0.02 in nine cases of ten. None were added after a look. Intervals are 95% Student t intervals.
 """
 
 import math
 import multiprocessing
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,10 @@ from ..pipeline.pipeline import Pipeline
 from ..pipeline.run import make_plan, run_to
 from ..reviews import EXPLOIT, difficulty_name, gold_reward
 
-SEEDS = tuple(range(8))
+TUNING_SEEDS = tuple(range(200, 206))
+SEEDS = tuple(range(1000, 1024))  # of all results
+STRESS_SEEDS = tuple(range(8))  # of experiments that were made before the others, under constants of sd 1
+START = {"world.prompt_bias": 0.0}  # where experiments differ from the defaults: nothing is added to rewards unasked
 UPSTREAM = ("data", "sft", "preferences", "reward", "baselines")  # what a run takes over from its base
 NOISE = ("world.prompt_bias", "world.score_noise")  # faults of the reward that come after the reward model
 RATERS = ("world.label_flips", "world.flips", "world.fooled", "world.pairs")  # faults that it learns
@@ -57,9 +63,15 @@ class Variant:
 
 
 def default(key: str) -> Any:
-    """The default of "ppo.kl_coef"."""
+    """The value of "ppo.kl_coef" in a run that changes nothing."""
     group, knob = key.split(".")
-    return getattr(getattr(Config(), group), knob)
+    return START.get(key, getattr(getattr(Config(), group), knob))
+
+
+def stressed(variants: dict) -> dict:
+    """The same variants with a constant of sd 1 added to all rewards of a prompt: a stress test."""
+    constant = {"world.prompt_bias": 1.0}
+    return {label: replace(variant, settings={**constant, **variant.settings}) for label, variant in variants.items()}
 
 
 def changed(settings: dict) -> list[str]:
@@ -70,7 +82,7 @@ def changed(settings: dict) -> list[str]:
 def configured(folder: str | Path, seed: int, method: str, settings: dict) -> Config:
     """The default config with some settings changed: configured(f, 0, "ppo", {"ppo.kl_coef": 0.05})."""
     config = Config()
-    for key, value in settings.items():
+    for key, value in {**START, **settings}.items():
         group, knob = key.split(".")
         setattr(getattr(config, group), knob, value)
     config.run.out, config.run.seed, config.run.methods = str(folder), seed, method
@@ -139,6 +151,7 @@ def run_one(out: Path, base: Path, seed: int, method: str, settings: dict) -> No
     rows = held_out_rows(pipeline, method)
     write_jsonl(out / "held_out.jsonl", rows)
     measured = summary(rows, read_jsonl(base / "held_out.jsonl"))
+    measured |= course(out / method, pipeline.config.ppo.critic_warmup)
     done = {"fingerprint": make_plan(pipeline.config)[method].fingerprint, "seconds": time.monotonic() - started}
     write_json(out / "result.json", done | measured)
 
@@ -159,6 +172,22 @@ def summary(rows: list[dict], sft_rows: list[dict]) -> dict[str, float]:
     shares = compare(column(rows, "gold"), column(sft_rows, "gold"))
     result |= {name: shares[name] for name in ("win", "tie", "loss")}
     return result | {"exploit": sum(EXPLOIT in row["response"] for row in rows) / len(rows)}
+
+
+def course(stage: Path, skip: int = 0) -> dict[str, float]:
+    """What a PPO run was like on its way: true reward over all iterations but the first `skip`, in which the policy
+    stood still; how much the critic foresaw; what contrast did to the variance."""
+    rows = [row for row in read_jsonl(stage / "metrics.jsonl") if "explained_variance" in row][skip:]
+
+    def mean(key: str, of: slice = slice(None)) -> float:
+        found = [row[key] for row in rows[of] if key in row]
+        return statistics.fmean(found) if found else math.nan
+
+    way = {"mean_gold": mean("gold"), "explained": mean("explained_variance", slice(20, None))}
+    way |= {"coefficient": mean("coefficient"), "variance": mean("reward_variance")}
+    for name, part in (("start", slice(0, 3)), ("end", slice(-10, None))):
+        way[f"ratio_{name}"] = mean("contrastive_variance", part) / mean("reward_variance", part)
+    return way
 
 
 def is_done(out: Path, seed: int, variant: Variant) -> bool:
@@ -206,7 +235,7 @@ def prepare_bases(root: Path, seeds: Sequence[int], upstreams: list[dict]) -> No
     for seed in seeds:
         folder = root / f"seed{seed}"
         for settings in upstreams:
-            shared = {key: value for key, value in settings.items() if key not in RATERS}
+            shared = {key: value for key, value in settings.items() if key not in (*RATERS, *NOISE)}
             base, above = folder / base_name(settings), folder / base_name(shared)
             first[above] = (run_base, above, seed, shared)
             if base != above:

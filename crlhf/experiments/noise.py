@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .harness import SEEDS, Variant, results, run_variants
+from .harness import STRESS_SEEDS, Variant, results, run_variants, stressed
 from .plotting import plot_noise
 from .tables import table, write_csv
 
@@ -18,7 +18,7 @@ AXES = {
 }
 
 
-def noise(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
+def noise(root: Path, figures: Path, seeds: Sequence[int] = STRESS_SEEDS) -> str:
     """What does each kind of noise do to plain, contrastive and adaptive PPO?
 
     Prediction. A constant per prompt (rater bias) is what the contrast removes: plain PPO loses gold as it grows,
@@ -33,7 +33,7 @@ def noise(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
             axis_of[setting] = axis
             for method in ("ppo", "contrastive", "adaptive"):
                 variants[setting, method] = Variant(method, knobs)
-    rows = results(run_variants(root, variants, seeds, "noise"))
+    rows = results(run_variants(root, stressed(variants), seeds, "noise"))
     rows = [{"axis": axis_of[row["setting"]], **row} for row in rows]
     write_csv(figures / "noise.csv", rows)
     plot_noise(rows, figures / "noise.png")

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..config import Method
 from ..evaluate import mean_interval
-from ..pipeline.plots import STYLES, finish, smooth
+from ..pipeline.plots import finish, smooth
+from .contenders import STYLES
 from .tables import difference, distinct, interval, labels_of, methods_of, plus_minus, select, settings_of
 
 PALETTE = ("#E69F00", "#56B4E9", "#000000", "#CC79A7", "#009E73", "#777777")
@@ -93,72 +94,6 @@ def plot_bands(
 
 
 # -------------------------------------------------------------------------------------- one a question
-
-
-def plot_sweep(rows: list[dict], path: Path) -> str:
-    """One panel a method: mean gold for every learning rate and KL price. Settings are 'lr 0.001, kl 0.05'."""
-    methods = distinct(rows, "method")
-    figure, axes = plt.subplots(1, len(methods), figsize=(2.9 * len(methods), 3.4))
-    for axis, method in zip(axes, methods):
-        settings = settings_of(select(rows, method=method))
-        rates = list(dict.fromkeys(setting.split(", ")[0] for setting in settings))
-        prices = list(dict.fromkeys(setting.split(", ")[1] for setting in settings))
-        means = np.array([[mean_of(rows, f"{rate}, {price}", method) for price in prices] for rate in rates])
-        axis.imshow(means, cmap="cividis", aspect="auto")
-        for (row, column), value in np.ndenumerate(means):
-            weight = "bold" if value == means.max() else "normal"
-            color = "white" if value < means.min() + 0.6 * np.ptp(means) else "black"
-            axis.text(column, row, f"{value:.2f}", ha="center", va="center", weight=weight, color=color)
-        axis.set_xticks(range(len(prices)), prices, fontsize=8)
-        axis.set_yticks(range(len(rates)), rates, fontsize=8)
-        axis.set_title(style_of(method).title, fontsize=10)
-    title = "Gold score by learning rate and KL price, on seeds used for nothing else (best in bold)"
-    figure.suptitle(title, fontsize=11)
-    return finish(figure, path)
-
-
-def plot_compare(steps: list[dict], rows: list[dict], path: Path) -> str:
-    """Gold score over iterations, one panel for each kind of rater."""
-    settings = settings_of(steps)
-    figure, axes = plt.subplots(1, len(settings), figsize=(4 * len(settings), 4.2), sharey=True)
-    dpo = [row["gold"] for row in select(rows, method="dpo")]
-    for axis, setting in zip(axes, settings):
-        plot_bands(axis, steps, setting, distinct(steps, "method"), "gold")
-        axis.set_title(f"{setting}:\ncontrastive ends {gap_text(rows, setting, 'contrastive')} from plain", fontsize=10)
-        axis.set_xlabel("PPO iteration")
-        axis.axhline(np.mean(dpo), color=style_of("dpo").color, linestyle=":", label="DPO, at its end")
-    axes[0].set_ylabel("true (gold) reward")
-    axes[-1].legend(loc="lower right", fontsize=8)
-    return finish(figure, path)
-
-
-def plot_frontier(rows: list[dict], gains: list[dict], path: Path) -> str:
-    """Left: gold against KL, one line a method over its KL prices. Right: improvement of each prompt over SFT."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4))
-    bins = np.arange(-1.53125, 2.5, 0.125)  # gains are multiples of 1/16: two of them in every bin
-    for number, method in enumerate(distinct(rows, "method")):
-        settings, style = settings_of(select(rows, method=method)), style_of(method, number)
-        kl, kl_half = np.array([interval(rows, setting, method, "kl") for setting in settings]).T
-        gold, gold_half = np.array([interval(rows, setting, method) for setting in settings]).T
-        points = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1.5, "elinewidth": 0.7}
-        shown = {"color": style.color, "linestyle": style.line}
-        left.errorbar(kl, gold, gold_half, kl_half, label=style.title, **points, **shown)
-        gain = np.array([row["gain"] for row in select(gains, method=method)])
-        label = f"{style.title}: {np.mean(gain > 0):.0%} of prompts up, mean {gain.mean():+.2f}"
-        right.hist(gain, bins, histtype="step", density=True, linewidth=1.5, label=label, **shown)
-    left.set(xlabel="KL from the SFT policy (nats)", ylabel="gold score on held-out prompts")
-    left.set_title("Each point is one KL price (or beta)")
-    right.set(xlabel="gold of a prompt minus SFT's, at about one KL", ylabel="density")
-    right.set_title("Who improves, and by how much")
-    right.axvline(0, color="black", linewidth=0.8)
-    for axis in (left, right):
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=8)
-    right.set_ylim(top=1.35 * right.get_ylim()[1])  # room for the legend
-    prices = [setting for setting in settings_of(rows) if setting.startswith("kl")]
-    gaps = ", ".join(f"{gap_text(rows, price, 'contrastive')} at {price}" for price in prices)
-    figure.suptitle(f"Contrastive - plain PPO in gold: {gaps}", fontsize=10)
-    return finish(figure, path)
 
 
 def plot_noise(rows: list[dict], path: Path) -> str:
@@ -272,27 +207,6 @@ def plot_online(rows: list[dict], steps: list[dict], path: Path) -> str:
     fresh, groups = (gap_text(rows, "same responses", name, "offline") for name in ("fresh every step", "groups of 4"))
     title = f"At equal generated responses fresh baselines end {fresh} from offline ones, groups {groups}"
     figure.suptitle(title, fontsize=11)
-    return finish(figure, path)
-
-
-def plot_critic(rows: list[dict], steps: list[dict], path: Path) -> str:
-    """Gold by critic, the difference to plain PPO, and how well each critic predicts."""
-    figure, axes = plt.subplots(1, 3, figsize=(12.5, 4.1))
-    methods = distinct(rows, "method")
-    plot_intervals(axes[0], rows, methods, line="none")  # kinds of critic have no order
-    plot_intervals(axes[1], rows, methods[1:], reference="ppo", line="none")
-    axes[1].axhline(0, color="black", linewidth=0.8)
-    plot_bands(axes[2], steps, "reward_model", methods, "explained_variance")
-    axes[2].set_ylim(bottom=max(-1.5, axes[2].get_ylim()[0]))
-    axes[0].set(xlabel="critic", ylabel="gold score at the end")
-    axes[1].set(xlabel="critic", ylabel="minus plain PPO, paired by seed")
-    axes[2].set(xlabel="PPO iteration", ylabel="explained variance, reward_model critic")
-    axes[0].legend(fontsize=8)
-    figure.suptitle(
-        f"Contrastive - plain: {gap_text(rows, 'reward_model', 'contrastive')} gold with a critic from the reward "
-        f"model, {gap_text(rows, 'none', 'contrastive')} without a critic",
-        fontsize=11,
-    )
     return finish(figure, path)
 
 

@@ -6,12 +6,13 @@ and the half-width of its 95% interval.
 
 import csv
 import io
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..config import UserError
 from ..engine.files import write_atomic
-from ..evaluate import mean_interval
+from ..evaluate import mean_interval, t_probability
 
 # ------------------------------------------------------------------------------------------ choosing rows
 
@@ -63,6 +64,21 @@ def difference(
     return mean_interval([a - b for a, b in zip(values(rows, setting, method, key), others, strict=True)])
 
 
+def p_value(gaps: list[float]) -> float:
+    """Two-sided p of a paired t test that the mean of the gaps is 0."""
+    n, spread = len(gaps), statistics.stdev(gaps)
+    return 1 - t_probability(abs(statistics.fmean(gaps)) / (spread / n**0.5), n - 1) if spread else 1.0
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's step-down correction: p values of a family, adjusted so that one below 0.05 stands for the whole table."""
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for rank, number in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, (len(p_values) - rank) * p_values[number])
+        adjusted[number] = min(least, 1.0)
+    return adjusted
+
+
 # --------------------------------------------------------------------------------------------- text, files
 
 
@@ -95,6 +111,21 @@ def table(rows: list[dict], heading: str, reference: str = "ppo") -> str:
     return markdown(head, lines)
 
 
+def gains_table(rows: list[dict], methods: Sequence[str], key: str, heading: str, reference: str = "ppo") -> str:
+    """Paired differences to a reference, a line a setting. A star: p < 0.05 after Holm's correction of this table."""
+    cells, p_values = {}, []
+    for setting in settings_of(rows):
+        base = values(rows, setting, reference, key)
+        for method in [name for name in methods if name in methods_of(rows, setting)]:
+            gaps = [a - b for a, b in zip(values(rows, setting, method, key), base, strict=True)]
+            cells[setting, method] = plus_minus(mean_interval(gaps), 3, "+")
+            p_values.append(p_value(gaps))
+    for label, p in zip(cells, holm(p_values)):
+        cells[label] += " *" if p < 0.05 else ""
+    lines = [[setting, *(cells.get((setting, method), "") for method in methods)] for setting in settings_of(rows)]
+    return markdown([heading, *methods], lines)
+
+
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Rows (dicts with the same keys) as a CSV; numbers keep four digits behind the point."""
     text = io.StringIO()
@@ -105,9 +136,24 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_atomic(path, text.getvalue())
 
 
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a CSV, with numbers as numbers. Reports are made from these, so that what they print is in the CSV."""
+    return [{name: number(value) for name, value in row.items()} for row in read_csv(path)]
+
+
+def number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV that an experiment wrote; all values are text."""
     if not path.exists():
-        raise UserError(f"{path} is missing: run 'python -m crlhf experiment {path.stem}' first")
+        name, *_ = path.stem.split("_")
+        raise UserError(f"{path} is missing: run 'python -m crlhf experiment {name}' first")
     with open(path, encoding="utf-8") as file:
         return list(csv.DictReader(file))

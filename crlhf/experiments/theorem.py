@@ -19,7 +19,7 @@ from ..engine.files import stream
 from ..evaluate import mean_interval
 from ..pipeline.plots import finish, plt
 from .estimators import fit_line
-from .harness import SEEDS
+from .harness import STRESS_SEEDS
 from .plotting import plot_points
 from .tables import markdown, plus_minus, select, write_csv
 
@@ -43,7 +43,7 @@ def report(clean: Tensor, c0: Tensor | float, c1: Tensor | float, generator: Gen
     return (clean ^ wrong).double()
 
 
-def theorem(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
+def theorem(root: Path, figures: Path, seeds: Sequence[int] = STRESS_SEEDS) -> str:
     """Is the noisy contrastive reward the clean one times 1 - c0 - c1, and what does the raw reward keep?
 
     Prediction. (1) Over a grid of rates from 0 to 0.5, the slope of E[r~ - r~_base | x] on E[r - r_base | x] is

@@ -40,7 +40,7 @@ from .estimators import (
     score_gradients,
     windows,
 )
-from .harness import SEEDS, Label, Variant, analyse, curves, default, open_run, run_variants
+from .harness import STRESS_SEEDS, Label, Variant, analyse, curves, default, open_run, run_variants
 from .plotting import plot_band, plot_points
 from .tables import distinct, markdown, plus_minus, select, write_csv
 
@@ -114,7 +114,7 @@ def measure_policy(pipe: Pipeline, policy: Model, baselines: list[Tensor], seed:
 # ----------------------------------------------------------------------------------------- the experiment
 
 
-def variance(root: Path, figures: Path, seeds: Sequence[int] = SEEDS) -> str:
+def variance(root: Path, figures: Path, seeds: Sequence[int] = STRESS_SEEDS) -> str:
     """How much variance does the contrast take away, of rewards and of gradients, and when does it turn around?
 
     Prediction. (1) Every measured Var(r - b_k) is the law's, within its interval. (2) At the start k* = E[s^2] /
