@@ -145,7 +145,7 @@ def run_in_order(jobs, title):
 
 def test_every_experiment_runs_writes_its_csv_and_plots(small_world, tmp_path):
     """`compare` reads what `sweep` found."""
-    names = "natural sweep dose critic compare labels judged noise samples online sampling adversary scale"
+    names = "natural sweep dose critic compare uncentred labels judged noise samples online sampling adversary scale"
     for name in (*names.split(), "overoptimisation"):
         text = experiments.EXPERIMENTS[name](tmp_path / "runs", tmp_path, (0, 1))
         rows = tables.read_csv(tmp_path / f"{name}.csv")

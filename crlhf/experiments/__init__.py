@@ -13,7 +13,7 @@ from pathlib import Path
 from ..config import UserError
 from ..engine.files import write_atomic
 from .choices import samples, sampling, scale
-from .comparison import compare
+from .comparison import compare, uncentred
 from .critics import critic
 from .difficulty import difficulty
 from .dose import dose
@@ -29,7 +29,7 @@ from .sweep import sweep
 from .theorem import theorem
 from .variance import variance
 
-QUESTIONS = (natural, sweep, dose, critic, compare, labels, judged)
+QUESTIONS = (natural, sweep, dose, critic, compare, uncentred, labels, judged)
 QUESTIONS += (variance, difficulty, theorem, noise, samples, online, sampling, adversary, scale, overoptimisation)
 READERS = (real, pairing)  # of runs that take hours and a pretrained model: no part of `all`
 EXPERIMENTS = {function.__name__: function for function in (*QUESTIONS, *READERS)}

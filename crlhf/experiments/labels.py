@@ -39,6 +39,7 @@ FLIPS = {
     "hard flips 0.2": {"world.label_flips": 0.2, "world.flips": "difficulty"},
     "hard flips 0.4": {"world.label_flips": 0.4, "world.flips": "difficulty"},
     "topic flips 0.5": {"world.label_flips": 0.5, "world.flips": "topic"},
+    "response noise 1": {"world.score_noise": 1.0},
 }
 TOPIC_FREE, ON_TOPIC = "flips 0", "topic flips 0.5"
 UNSEEN = {"prompts seen": 3, "prompts unseen": 1}  # sentences in the openings of the reward model's pairs; PPO's have 3
@@ -57,7 +58,8 @@ def labels(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:12]) -> str:
     every rate, within 0.02. (2) The theorem says that flips at rate 1/2 leave nothing of the contrast, so trust would
     fall to 0 if the reward model kept topics apart; it reads the same words on all topics, so it falls by less than a
     half. (3) A reward model of one-sentence openings orders responses to three-sentence ones less well, and its levels
-    are further off: there contrast gains, if anywhere here.
+    are further off: there contrast gains, if anywhere here. (4) Noise on each response, of sd 1, is in the baselines
+    too: 1 + 1/k times its variance. All lose, contrastive PPO by at most 0.03 more, RLOO least of the four.
     """
     variants = {(setting, method): at(method, flips) for setting, flips in FLIPS.items() for method in METHODS}
     unseen = {(name, method): at(method, {}, base=name) for name in UNSEEN for method in METHODS}
