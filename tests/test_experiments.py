@@ -20,9 +20,8 @@ from crlhf.pipeline.options import from_dict
 from crlhf.reviews import EXPLOIT
 
 # the functions of these have their modules' names
-dose, judged, labels, natural, noise, online, sweep = (
-    importlib.import_module(f"crlhf.experiments.{name}")
-    for name in ("dose", "judged", "labels", "natural", "noise", "online", "sweep")
+dose, judged, labels, natural, sweep = (
+    importlib.import_module(f"crlhf.experiments.{name}") for name in ("dose", "judged", "labels", "natural", "sweep")
 )
 
 TINY = {
@@ -126,12 +125,11 @@ def small_world(monkeypatch):
             "run_jobs": run_in_order,
             "FLIPS": {name: labels.FLIPS[name] for name in ("flips 0", "topic flips 0.5")},
         },
-        choices: {"KS": (1, 4), "SAMPLING": {"T 1": (1.0, 1.0), "p": (1.0, 0.8)}},
+        choices: {"KS": (1, 4), "CONSTANTS": (0.0, 1.0)},
         dose: {"SDS": (0.5,)},
         judged: {"PRICES": (0.05, 0.5)},
         sweep: {"CONTENDERS": {name: contenders.CONTENDERS[name] for name in FEW}, "MOVED": ("ppo",), "STEPS": 3},
         comparison: {"CONTENDERS": {name: contenders.CONTENDERS[name] for name in FEW}},
-        noise: {"AXES": {axis: dict(list(points.items())[:2]) for axis, points in noise.AXES.items()}},
     }
     for module, constants in changes.items():
         for name, value in constants.items():
@@ -145,8 +143,8 @@ def run_in_order(jobs, title):
 
 def test_every_experiment_runs_writes_its_csv_and_plots(small_world, tmp_path):
     """`compare` reads what `sweep` found."""
-    names = "natural sweep dose critic compare uncentred labels judged noise samples online sampling adversary scale"
-    for name in (*names.split(), "overoptimisation"):
+    names = "natural sweep dose critic compare uncentred samples labels judged adversary scale overoptimisation"
+    for name in names.split():
         text = experiments.EXPERIMENTS[name](tmp_path / "runs", tmp_path, (0, 1))
         rows = tables.read_csv(tmp_path / f"{name}.csv")
         assert {row["seed"] for row in rows} == {"0", "1"} and "| --- |" in text
@@ -339,10 +337,3 @@ def test_a_scaled_base_scales_every_score(small_world, tmp_path):
 
 def silent_reward(base):
     return H.silent_pipeline(H.configured(base, 0, "contrastive", {})).reward_callable("train")
-
-
-def test_gold_within_a_time_is_that_of_the_last_rollouts_then():
-    steps = [{"gold": float(gold)} for gold in range(10)]
-    spent = [1.0 + second for second in range(10)]
-    assert online.recent_gold(steps, spent, 7.5) == 4.0  # rollouts 2 to 6
-    assert online.recent_gold(steps, spent, 2.0) == 0.5 and online.recent_gold(steps, spent, 0.1) == 0.0

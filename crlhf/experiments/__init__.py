@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..config import UserError
 from ..engine.files import write_atomic
-from .choices import samples, sampling, scale
+from .choices import samples, scale
 from .comparison import compare, uncentred
 from .critics import critic
 from .difficulty import difficulty
@@ -21,16 +21,14 @@ from .hacking import adversary, overoptimisation
 from .judged import judged
 from .labels import labels
 from .natural import natural
-from .noise import noise
-from .online import online
 from .pairing import pairing
 from .real import real
 from .sweep import sweep
 from .theorem import theorem
 from .variance import variance
 
-QUESTIONS = (natural, sweep, dose, critic, compare, uncentred, labels, judged)
-QUESTIONS += (variance, difficulty, theorem, noise, samples, online, sampling, adversary, scale, overoptimisation)
+QUESTIONS = (natural, sweep, dose, critic, compare, uncentred, samples, labels, judged)
+QUESTIONS += (variance, difficulty, theorem, adversary, scale, overoptimisation)
 READERS = (real, pairing)  # of runs that take hours and a pretrained model: no part of `all`
 EXPERIMENTS = {function.__name__: function for function in (*QUESTIONS, *READERS)}
 

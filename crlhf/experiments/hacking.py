@@ -7,12 +7,13 @@ from pathlib import Path
 
 from .. import reviews
 from ..engine.files import read_jsonl, stream, write_jsonl
+from ..evaluate import mean_interval
 from ..pipeline.folder import seal
 from ..pipeline.run import run_to
 from ..policy import generate
 from ..reviews import EXPLOIT
 from .harness import (
-    STRESS_SEEDS,
+    SEEDS,
     Variant,
     base_name,
     configured,
@@ -25,18 +26,31 @@ from .harness import (
     run_jobs,
     run_variants,
     silent_pipeline,
-    stressed,
 )
-from .plotting import plot_adversary, plot_overoptimisation
-from .tables import interval, labels_of, table, write_csv
+from .plotting import curves_by_seed, plot_adversary, plot_overoptimisation
+from .tables import (
+    difference,
+    distinct,
+    gains_table,
+    interval,
+    labels_of,
+    markdown,
+    plus_minus,
+    read_rows,
+    table,
+    write_csv,
+)
 
 METHODS = ("ppo", "contrastive")
-FOOLED = {"world.fooled": 1.0, "world.prompt_bias": 1.0}
+FOOLED = {"world.fooled": 1.0}
 EDITS = {True: "phrase in all baselines", False: "phrase in no baseline"}
 
 
-def overoptimisation(root: Path, figures: Path, seeds: Sequence[int] = STRESS_SEEDS) -> str:
+def overoptimisation(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:8]) -> str:
     """With no KL price and more steps: when does gold turn down while the reward still rises?
+
+    Endpoints: held-out true reward at the end; gold and reward in the last fifth of the iterations minus the second.
+    Eight seeds, no constants.
 
     Prediction: gold rises, then falls behind the reward as the KL grows (Gao et al. 2023). The contrast subtracts a
     constant per prompt, so the errors of the reward model that the policy climbs into stay as they were: contrastive
@@ -44,16 +58,32 @@ def overoptimisation(root: Path, figures: Path, seeds: Sequence[int] = STRESS_SE
     """
     settings = {"ppo.kl_coef": 0.0, "ppo.iterations": 100}
     variants = {("no KL price", method): Variant(method, settings) for method in METHODS}
-    runs = run_variants(root, stressed(variants), seeds, "overoptimisation")
+    runs = run_variants(root, variants, seeds, "overoptimisation")
     rows, steps = results(runs), curves(runs, ("gold", "reward", "kl", "ended", "response_length"))
     write_csv(figures / "overoptimisation.csv", rows)
     write_csv(figures / "overoptimisation_curves.csv", steps)
-    plot_overoptimisation(steps, figures / "overoptimisation.png")
-    return table(rows, "setting")
+    plot_overoptimisation(rows, read_rows(figures / "overoptimisation_curves.csv"), figures / "overoptimisation.png")
+    return overoptimisation_report(figures)
 
 
-def adversary(root: Path, figures: Path, seeds: Sequence[int] = STRESS_SEEDS) -> str:
+def overoptimisation_report(figures: Path) -> str:
+    rows, steps = (read_rows(figures / f"overoptimisation{part}.csv") for part in ("", "_curves"))
+    lines, fifth = [], len(distinct(steps, "iteration")) // 5
+    for method in METHODS:
+        for key in ("reward", "gold", "kl"):
+            curves = curves_by_seed(steps, method, key)  # (seeds, iterations)
+            parts = [curves[:, number * fifth : (number + 1) * fifth].mean(1) for number in range(5)]
+            change = plus_minus(mean_interval((parts[4] - parts[1]).tolist()), 2, "+")
+            lines.append([f"{method}, {key}", *(f"{part.mean():.2f}" for part in parts), change])
+    head = ["fifths of the run", "first", "second", "third", "fourth", "last", "last minus second"]
+    gaps = gains_table(rows, METHODS[1:], "gold", "setting")
+    return "\n\n".join([table(rows, "setting"), markdown(head, lines), f"Held-out gold, minus plain PPO:\n\n{gaps}"])
+
+
+def adversary(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:8]) -> str:
     """Raters who fall for a phrase teach the reward model a hole. Does the contrast help, and what mends it?
+
+    Endpoint: held-out true reward at the end. Eight seeds, no constants; Holm's correction over the table.
 
     Prediction: PPO finds the phrase with every reward. Whether the baselines hold the phrase changes only the
     constant that is subtracted, so baselines that all hold it, or none of which does, change nothing. What helps is
@@ -77,14 +107,22 @@ def adversary(root: Path, figures: Path, seeds: Sequence[int] = STRESS_SEEDS) ->
     fooled_runs = run_variants(root, fooled, seeds, "fooled raters")
     jobs = [(retrained_base, *pair) for pair in folders if not is_finished(pair[0] / "base retrained")]
     run_jobs(jobs, "reward models retrained on exploits")
-    honest_runs = run_variants(root, stressed(honest), seeds, "honest raters")
+    honest_runs = run_variants(root, honest, seeds, "honest raters")
     rows = results(honest_runs | fooled_runs | run_variants(root, again, seeds, "retrained"))
     write_csv(figures / "adversary.csv", rows)
     plot_adversary(rows, figures / "adversary.png")
-    shares = []
-    for setting, method in labels_of(rows):
-        shares.append(f"{setting}, {method}: {interval(rows, setting, method, 'exploit')[0]:.0%}")
-    return table(rows, "raters") + "\n\nResponses with the phrase: " + "; ".join(shares)
+    return adversary_report(figures)
+
+
+def adversary_report(figures: Path) -> str:
+    rows = read_rows(figures / "adversary.csv")
+    methods = [method for method in distinct(rows, "method") if method != "ppo"]
+    gaps = gains_table(rows, methods, "gold", "raters")
+    shares = [[*label, f"{interval(rows, *label, 'exploit')[0]:.0%}"] for label in labels_of(rows)]
+    mended = difference(rows, "retrained on exploits", "ppo", reference_setting="fooled raters")
+    parts = [table(rows, "raters"), f"Held-out gold, minus plain PPO:\n\n{gaps}"]
+    parts.append("Plain PPO, retrained minus fooled: " + plus_minus(mended, 3, "+"))
+    return "\n\n".join([*parts, markdown(["raters", "method", "responses with the phrase"], shares)])
 
 
 def edited_base(folder: Path, seed: int, with_phrase: bool) -> None:

@@ -19,7 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from ..reviews import EXPLOIT, difficulty_name, gold_reward
 
 TUNING_SEEDS = tuple(range(200, 206))
 SEEDS = tuple(range(1000, 1024))  # of all results
-STRESS_SEEDS = tuple(range(8))  # of experiments that were made before the others, under constants of sd 1
 START = {"world.prompt_bias": 0.0}  # where experiments differ from the defaults: nothing is added to rewards unasked
 UPSTREAM = ("data", "sft", "preferences", "reward", "baselines")  # what a run takes over from its base
 NOISE = ("world.prompt_bias", "world.score_noise")  # faults of the reward that come after the reward model
@@ -66,12 +65,6 @@ def default(key: str) -> Any:
     """The value of "ppo.kl_coef" in a run that changes nothing."""
     group, knob = key.split(".")
     return START.get(key, getattr(getattr(Config(), group), knob))
-
-
-def stressed(variants: dict) -> dict:
-    """The same variants with a constant of sd 1 added to all rewards of a prompt: a stress test."""
-    constant = {"world.prompt_bias": 1.0}
-    return {label: replace(variant, settings={**constant, **variant.settings}) for label, variant in variants.items()}
 
 
 def changed(settings: dict) -> list[str]:

@@ -36,7 +36,6 @@ FLIPS = {
     "flips 0": {"world.label_flips": 0.0},
     "flips 0.2": {},
     "flips 0.4": {"world.label_flips": 0.4},
-    "hard flips 0.2": {"world.label_flips": 0.2, "world.flips": "difficulty"},
     "hard flips 0.4": {"world.label_flips": 0.4, "world.flips": "difficulty"},
     "topic flips 0.5": {"world.label_flips": 0.5, "world.flips": "topic"},
     "response noise 1": {"world.score_noise": 1.0},

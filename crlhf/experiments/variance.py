@@ -40,9 +40,9 @@ from .estimators import (
     score_gradients,
     windows,
 )
-from .harness import STRESS_SEEDS, Label, Variant, analyse, curves, default, open_run, run_variants
+from .harness import SEEDS, Label, Variant, analyse, curves, default, open_run, run_variants
 from .plotting import plot_band, plot_points
-from .tables import distinct, markdown, plus_minus, select, write_csv
+from .tables import distinct, markdown, plus_minus, read_rows, select, write_csv
 
 BIASES = {"no constant": 0.0, "constant, sd 1": 1.0}  # that raters add to all rewards of a prompt
 METHODS = ("ppo", "contrastive", "adaptive")
@@ -114,7 +114,7 @@ def measure_policy(pipe: Pipeline, policy: Model, baselines: list[Tensor], seed:
 # ----------------------------------------------------------------------------------------- the experiment
 
 
-def variance(root: Path, figures: Path, seeds: Sequence[int] = STRESS_SEEDS) -> str:
+def variance(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:8]) -> str:
     """How much variance does the contrast take away, of rewards and of gradients, and when does it turn around?
 
     Prediction. (1) Every measured Var(r - b_k) is the law's, within its interval. (2) At the start k* = E[s^2] /
@@ -142,7 +142,11 @@ def variance(root: Path, figures: Path, seeds: Sequence[int] = STRESS_SEEDS) -> 
     write_csv(figures / "variance.csv", rows)
     write_csv(figures / "variance_training.csv", steps)
     plot_variance(rows, steps, figures / "variance.png")
-    return variance_table(rows, steps)
+    return report(figures)
+
+
+def report(figures: Path) -> str:
+    return variance_table(*(read_rows(figures / f"variance{part}.csv") for part in ("", "_training")))
 
 
 def by_seed(rows: list[dict], setting: str, iterations: int, quantity: str, k: int | str = "") -> Tensor:
