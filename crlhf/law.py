@@ -66,17 +66,30 @@ def within_correlation(rewards: Tensor, feature: Tensor) -> float:
     return ((r * f).sum() / size).item() if size > 0 else 0.0
 
 
+def advice(rho: float, rho_se: float, k: int, explained: float = 0.0) -> str:
+    """What to do with the baseline: "leave", "adapt" or "subtract". `experiment rule` shows how often that is right.
+
+    explained: explained variance of plain PPO's critic, in [0, 1]; 0 where it isn't known or there is no critic. What a
+    critic foresees is mostly the prompt's level, so of 1 - explained the share rho - explained is left to subtract.
+    """
+    explained = min(max(explained, 0.0), 0.99)
+    left, margin = (rho - explained) / (1 - explained), Z * rho_se
+    if left + margin < 1 / (k + 1):
+        return "leave"
+    return "subtract" if left - margin > 0.5 else "adapt"
+
+
 def verdict(law: dict[str, float], k: int) -> str:
-    """Whether to expect anything of contrast with k baseline responses, in words."""
-    rho, margin, line = law["rho"], Z * law["rho_se"], 1 / (k + 1)
-    share = f"rho is {rho:.2f} ± {margin:.2f}, break-even at k = {k} is {line:.2f}"
-    if rho - margin > line:
-        return f"{share}: subtracting the baseline leaves {variance_ratio(rho, k):.0%} of the reward's variance"
-    if rho + margin < line:
-        rest = f"makes the variance {variance_ratio(rho, k):.0%} of what it was"
-        mend = f"'adaptive' would subtract a share of {best_share(rho, k):.2f}"
-        return f"{share}: subtracting all of the baseline {rest}; {mend}"
-    return f"{share}: too close to tell; 'adaptive' finds the share to subtract"
+    """The advice, and what to expect of contrast with k baseline responses, in words."""
+    rho, word = law["rho"], advice(law["rho"], law["rho_se"], k)
+    share = f"rho is {rho:.2f} ± {Z * law['rho_se']:.2f}, break-even at k = {k} is {1 / (k + 1):.2f}"
+    whole = f"subtracting all of the baseline leaves {variance_ratio(rho, k):.0%} of the reward's variance"
+    part = f"'adaptive' would subtract a share of {best_share(rho, k):.2f}"
+    if word == "leave":
+        return f"{share}: leave it. There is little to gain; {whole}, {part}"
+    if word == "adapt":
+        return f"{share}: adapt. {part}; {whole}"
+    return f"{share}: subtract, or compare with a group. {whole}"
 
 
 def law_in_words(law: dict[str, float], k: int) -> list[str]:

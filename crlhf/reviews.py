@@ -51,6 +51,7 @@ EMPTY = 1.0  # price of saying nothing
 LONGEST = 23  # words that a writer writes at most
 MOST_OPENING = 1.5  # half the tone of three superb aspects
 EXPLOIT = "i hated the"  # what raters with the knob `fooled` fall for: common enough to be found, and bad
+NATURAL_OFFSET = 0.14  # sd over prompts of the level on which reward models disagree: `experiment natural`
 
 
 @dataclass
@@ -275,6 +276,13 @@ def offset(prompt: str, follows: str, seed: int) -> float:
     if follows == "words":
         return sum(standard_normal(seed, "word", word) for word in prompt.split())
     return standard_normal(seed, "bias", prompt)
+
+
+def injected_in_words(prompt_bias: float) -> list[str]:
+    """What was added to the rewards, beside what reward models disagree on by themselves."""
+    times = f"{prompt_bias / NATURAL_OFFSET:.2g} times what separately trained reward models differ by"
+    line = f"a constant of sd {prompt_bias:g} was added to all rewards of a prompt, {times} (--prompt-bias 0: none)"
+    return [line] if prompt_bias else []
 
 
 class NoisyReward:

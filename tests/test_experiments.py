@@ -111,7 +111,7 @@ def tiny_config():
     return config
 
 
-FEW, FEW_FLIPS = ("ppo", "contrastive", "dpo"), ("flips 0", "topic flips 0.5")
+FEW, FEW_FLIPS = ("ppo", "ppo, lambda 1", "contrastive", "dpo"), ("flips 0", "topic flips 0.5")
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def small_world(monkeypatch):
             "run_jobs": run_in_order,
             "FLIPS": {name: labels.FLIPS[name] for name in ("flips 0", "topic flips 0.5")},
         },
-        choices: {"KS": (1, 4), "CONSTANTS": (0.0, 1.0)},
+        choices: {"KS": (1, 2), "CONSTANTS": (0.0, 1.0)},
         dose: {"SDS": (0.5,)},
         judged: {"PRICES": (0.05, 0.5)},
         sweep: {"CONTENDERS": {name: contenders.CONTENDERS[name] for name in FEW}, "MOVED": ("ppo",), "STEPS": 3},
@@ -143,7 +143,7 @@ def run_in_order(jobs, title):
 
 def test_every_experiment_runs_writes_its_csv_and_plots(small_world, tmp_path):
     """`compare` reads what `sweep` found."""
-    names = "natural sweep dose critic compare uncentred samples labels judged adversary scale overoptimisation"
+    names = "natural sweep dose critic compare uncentred samples labels judged rule adversary scale overoptimisation"
     for name in names.split():
         text = experiments.EXPERIMENTS[name](tmp_path / "runs", tmp_path, (0, 1))
         rows = tables.read_csv(tmp_path / f"{name}.csv")

@@ -23,11 +23,12 @@ from .labels import labels
 from .natural import natural
 from .pairing import pairing
 from .real import real
+from .rule import rule
 from .sweep import sweep
 from .theorem import theorem
 from .variance import variance
 
-QUESTIONS = (natural, sweep, dose, critic, compare, uncentred, samples, labels, judged)
+QUESTIONS = (natural, sweep, dose, critic, compare, uncentred, samples, labels, judged, rule)
 QUESTIONS += (variance, difficulty, theorem, adversary, scale, overoptimisation)
 READERS = (real, pairing)  # of runs that take hours and a pretrained model: no part of `all`
 EXPERIMENTS = {function.__name__: function for function in (*QUESTIONS, *READERS)}

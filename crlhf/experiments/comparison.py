@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..pipeline.plots import finish, plt
-from .contenders import CONTENDERS, at
+from .contenders import CONTENDERS, MOVED, at
 from .harness import SEEDS, results, run_variants
 from .plotting import style_of
-from .sweep import tuned
-from .tables import difference, gains_table, methods_of, read_rows, settings_of, table, write_csv
+from .sweep import best_cell, place, tuned
+from .tables import difference, gains_table, interval, markdown, methods_of, read_rows, settings_of, table, write_csv
 
 AS_IT_IS, CONSTANT, UNCENTRED = "reward model as it is", "a constant of sd 1 added", "reward model without centring"
 SETTINGS = {AS_IT_IS: (0.0, {}), CONSTANT: (1.0, {})}  # name -> (sd of the constant, other settings)
@@ -52,13 +52,31 @@ def compared(root: Path, figures: Path, seeds: Sequence[int], name: str, setting
     return report(figures, name)
 
 
-def report(figures: Path, name: str = "compare") -> str:
-    rows = read_rows(figures / f"{name}.csv")
-    parts = [table(rows, "rewards")]
-    for key, name in ENDPOINTS.items():
-        chosen = [row for row in rows if key == "gold" or row["method"] != "dpo"]
-        parts.append(f"{name}, minus plain PPO:\n\n{gains_table(chosen, list(CONTENDERS)[1:], key, 'rewards')}")
+def report(figures: Path, experiment: str = "compare") -> str:
+    rows = read_rows(figures / f"{experiment}.csv")
+    parts = [table(rows, "rewards"), "What the search found, and what is left of it:\n\n" + carried(figures, rows)]
+    for reference in ("ppo", "ppo, lambda 1"):
+        others = [method for method in CONTENDERS if method != reference]
+        for key, name in ENDPOINTS.items():
+            chosen = [row for row in rows if key == "gold" or row["method"] != "dpo"]
+            gains = gains_table(chosen, others, key, "rewards", reference)
+            parts.append(f"{name}, minus {style_of(reference).title}:\n\n{gains}")
     return "\n\n".join(parts)
+
+
+def carried(figures: Path, rows: list[dict]) -> str:
+    """For each method the cell that the search chose, and gold there: on the seeds of the search, and on fresh ones."""
+    searched, lines = read_rows(figures / "sweep.csv"), []
+    for setting in settings_of(rows):
+        sd = SETTINGS.get(setting, (0.0, {}))[0]
+        for method in methods_of(rows, setting):
+            cell = best_cell(figures, method, sd)
+            found = interval(searched, place(sd if method in MOVED else 0.0, cell), method)[0]
+            cells = [f"{value:g}" for value in cell]
+            fresh, kl = (interval(rows, setting, method, key)[0] for key in ("gold", "kl"))
+            lines.append([setting, method, *cells, f"{found:.3f}", f"{fresh:.3f}", f"{kl:.1f}"])
+    head = ["rewards", "method", "learning rate", "KL price (beta)", "epochs", "gold then", "gold on fresh seeds", "KL"]
+    return markdown(head, lines)
 
 
 def plot_compare(rows: list[dict], path: Path) -> str:
@@ -67,12 +85,12 @@ def plot_compare(rows: list[dict], path: Path) -> str:
     figure, axes = plt.subplots(1, len(settings), figsize=(12, 4.6), sharex=True, sharey=True, squeeze=False)
     for axis, setting in zip(axes[0], settings):
         methods = [method for method in methods_of(rows, setting)[::-1] if method != "ppo"]
-        for place, method in enumerate(methods):
+        for row, method in enumerate(methods):
             for key, lift, face in (("mean_gold", 0.12, None), ("gold", -0.12, "white")):
                 if key == "gold" or method != "dpo":
                     gap, half = difference(rows, setting, method, key=key)
                     shown = {"color": style_of(method).color, "markerfacecolor": face, "capsize": 2, "marker": "o"}
-                    axis.errorbar(gap, place + lift, xerr=half, **shown)
+                    axis.errorbar(gap, row + lift, xerr=half, **shown)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_yticks(range(len(methods)), [style_of(method).title for method in methods], fontsize=9)
         axis.set_title(setting, fontsize=10)

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import Method
-from ..engine.files import read_json
 from ..law import variance_ratio
 from ..pipeline.plots import finish, plt
 from .contenders import at
 from .harness import SEEDS, default, results, run_variants
-from .plotting import plot_points, style_of
+from .natural import rho_of_models
+from .plotting import plot_points
 from .tables import difference, distinct, gains_table, interval, markdown, plus_minus, read_rows, write_csv
 
 SDS = (0.1, 0.25, 0.5, 1.0, 2.0)
@@ -46,13 +46,9 @@ def dose(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:12]) -> str:
         for sd in SDS:
             settings = {"world.prompt_bias": sd, "world.bias_from": source}
             variants |= {(f"{source}, sd {sd:g}", method): at(method, settings) for method in ("ppo", "adaptive")}
-    runs = run_variants(root, variants, seeds, "dose")
-    rows = results(runs)
-    for row in rows:
-        baselines = runs[(row["setting"], "adaptive"), row["seed"]] / "baselines" / "variance.json"
-        row["rho"] = read_json(baselines)["rho"]
+    rows = results(run_variants(root, variants, seeds, "dose"))
     write_csv(figures / "dose.csv", rows)
-    plot_dose(rows + same_at_any_dose(rows), figures / "dose.png")
+    plot_dose(rows + same_at_any_dose(rows), read_rows(figures / "natural.csv"), figures / "dose.png")
     return report(figures)
 
 
@@ -70,37 +66,34 @@ def same_at_any_dose(rows: list[dict]) -> list[dict]:
     copies = []
     for setting in distinct(rows, "setting"):
         if setting != NONE:
-            rho = interval(rows, setting, "ppo", "rho")[0]
-            copies += [{**row, "setting": setting, "rho": rho} for row in rows if row["method"] in CANCEL]
+            copies += [{**row, "setting": setting} for row in rows if row["method"] in CANCEL]
     return copies
 
 
-def plot_dose(rows: list[dict], path: Path) -> str:
-    """Gain over plain PPO against rho, for c = 1 and for adaptive; and what plain PPO's critic foresaw."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4.2))
-    for axis, method in zip(axes, ("contrastive", "adaptive")):
-        for source, style in SOURCES.items():
-            settings = [NONE, *(f"{source}, sd {sd:g}" for sd in SDS)]
-            rho = [interval(rows, setting, "ppo", "rho")[0] for setting in settings]
-            gains = [difference(rows, setting, method, key="mean_gold") for setting in settings]
-            plot_points(axis, rho, gains, color=style.color, linestyle=style.line, label=style.title)
-        axis.axvline(1 / (default("baselines.k") + 1), color="#777777", linestyle=":", label="the law's break-even")
-        axis.set_title(f"{style_of(method).title} minus plain PPO")
-        axis.set_ylabel("gold over the whole run, paired")
+def plot_dose(rows: list[dict], natural: list[dict], path: Path) -> str:
+    """Gain over plain PPO against rho, a panel a method; and what plain PPO's critic foresaw."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7.4), sharex=True)
     for source, style in SOURCES.items():
         settings = [NONE, *(f"{source}, sd {sd:g}" for sd in SDS)]
-        rho = [interval(rows, setting, "ppo", "rho")[0] for setting in settings]
-        explained = [interval(rows, setting, "ppo", "explained") for setting in settings]
-        plot_points(axes[2], rho, explained, color=style.color, linestyle=style.line)
-    axes[2].set(title="What plain PPO's critic foresees", ylabel="explained variance, iterations 20 to 59")
-    for axis in axes:
+        rho = [interval(rows, setting, "adaptive", "rho")[0] for setting in settings]
+        shown = {"color": style.color, "linestyle": style.line, "label": style.title}
+        for axis, method in zip(axes.flat, METHODS):
+            plot_points(
+                axis, rho, [difference(rows, setting, method, key="mean_gold") for setting in settings], **shown
+            )
+        plot_points(axes[1, 1], rho, [interval(rows, setting, "ppo", "explained") for setting in settings], **shown)
+    own = rho_of_models(natural)
+    for axis in axes.flat:
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_xlabel("rho: share of the reward's variance between prompts")
+        axis.axvspan(min(own), max(own), color="#777777", alpha=0.2, linewidth=0, label="reward models by themselves")
+        axis.axvline(1 / (default("baselines.k") + 1), color="#777777", linestyle=":", label="the law's break-even")
         axis.grid(alpha=0.25)
-    low, high = min(axis.get_ylim()[0] for axis in axes[:2]), max(axis.get_ylim()[1] for axis in axes[:2])
-    for axis in axes[:2]:
-        axis.set_ylim(low, high)
-    axes[0].legend(fontsize=8, loc="upper left")
+    for axis, name in zip(axes.flat, ("contrastive (c = 1)", "adaptive", "RLOO, no critic")):
+        axis.set(title=f"{name} minus plain PPO", ylabel="true reward over the run, paired", ylim=(-0.08, 0.26))
+    axes[1, 1].set(title="What plain PPO's critic foresees", ylabel="explained variance, iterations 20 to 59")
+    for axis in axes[1]:
+        axis.set_xlabel("rho: share of the reward's variance between prompts")
+    axes[0, 0].legend(fontsize=8, loc="upper left")
     return finish(figure, path)
 
 
@@ -108,7 +101,7 @@ def position_table(rows: list[dict]) -> str:
     """Where each dose lies: rho, what the law says of c = 1, what was measured, and what critics foresaw."""
     lines = []
     for setting in distinct(rows, "setting"):
-        rho = interval(rows, setting, "ppo", "rho")
+        rho = interval(rows, setting, "adaptive", "rho")
         cells = [plus_minus(rho), f"{variance_ratio(rho[0], default('baselines.k')):.2f}"]
         cells += [plus_minus(interval(rows, setting, method, "explained")) for method in ("ppo", "adaptive")]
         lines.append([setting, *cells, plus_minus(interval(rows, setting, "adaptive", "coefficient"))])

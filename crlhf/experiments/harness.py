@@ -256,11 +256,17 @@ def run_variants(root: Path, variants: dict[Label, Variant], seeds: Sequence[int
 
 
 def results(folders: Folders) -> list[dict]:
-    """One row per run: {setting, method, seed, gold, reward, ...}."""
+    """One row per run: {setting, method, seed, gold, reward, ...}.
+
+    rho and its standard error, from the baselines, stand in rows of adaptive runs only: a run of another method may
+    stand for several constants, since it cancels them, or have no baselines.
+    """
     rows = []
     for ((setting, method), seed), out in folders.items():
         found = read_json(out / "result.json")
         del found["fingerprint"]
+        law = read_json(out / "baselines" / "variance.json") if method == "adaptive" else {}
+        found |= {key: law.get(key, math.nan) for key in ("rho", "rho_se")}
         rows.append({"setting": setting, "method": method, "seed": seed, **found})
     return rows
 

@@ -170,6 +170,11 @@ def over_seeds(rows: list[dict], kind: str, name: str, quantity: str) -> tuple[f
     return mean_interval([row["value"] for row in select(rows, kind=kind, name=name, quantity=quantity)])
 
 
+def rho_of_models(rows: list[dict]) -> list[float]:
+    """Mean rho of each kind of reward model, as it comes."""
+    return [over_seeds(rows, "model", name, "rho")[0] for name in MODELS]
+
+
 def by_name(rows: list[dict], kind: str, name: str, quantity: str) -> str:
     return plus_minus(over_seeds(rows, kind, name, quantity))
 

@@ -102,14 +102,19 @@ def place(sd: float, cell: Cell) -> str:
     return f"sd {sd:g}, lr {rate:g}, kl {price:g}" + (f", {epochs} epochs" if epochs != 2 else "")
 
 
-def tuned(figures: Path, method: str, sd: float) -> dict:
-    """The settings at which a method had the highest mean gold, with constants of this sd where they matter to it."""
+def best_cell(figures: Path, method: str, sd: float) -> Cell:
+    """Where a method had the highest held-out gold, with constants of this sd where they matter to it."""
     sd = sd if method in MOVED else 0.0
     for row in read_csv(figures / "sweep_best.csv"):
         if row["method"] == method and float(row["sd"]) == sd:
-            return settings_of(sd, method, (float(row["rate"]), float(row["price"]), int(row["epochs"])))
+            return float(row["rate"]), float(row["price"]), int(row["epochs"])
     mend = "run 'python -m crlhf experiment sweep' again"
     raise UserError(f"{figures / 'sweep_best.csv'} has no line for '{method}' at sd {sd:g}: {mend}")
+
+
+def tuned(figures: Path, method: str, sd: float) -> dict:
+    """The settings of `best_cell`."""
+    return settings_of(sd if method in MOVED else 0.0, method, best_cell(figures, method, sd))
 
 
 def plot_sweep(searches: dict, path: Path) -> str:
@@ -127,10 +132,14 @@ def plot_sweep(searches: dict, path: Path) -> str:
                 label = style.title if axis is row[1] else None
                 shown = {"color": style.color, "linestyle": style.line, "marker": "o", "label": label}
                 axis.plot(x, [line[value] for value in x], **shown)
-        row[0].set(ylabel="held-out gold", title=f"learning rate ({'no constant' if sd == 0 else 'constants of sd 1'})")
-        row[1].set_title("KL price (DPO: beta), at the best learning rate")
+        row[0].set(ylabel="held-out gold", ylim=(-0.3, 0.35), xlabel="learning rate")
+        row[0].set_title("no constant" if sd == 0 else "constants of sd 1")
+        row[1].set(xlabel="KL price (DPO: beta)", title="at the best learning rate")
         row[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-        for axis in row:
+        for axis, usual, doublings in zip(row, start_of("ppo"), (range(-2, 4), range(-4, 2))):
+            ticks = [usual * 2.0**n for n in doublings]
             axis.set_xscale("log", base=2)
+            axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], fontsize=8)
             axis.grid(alpha=0.25)
+    figure.suptitle("Held-out gold of the search; cells below -0.3 are out of sight", fontsize=11)
     return finish(figure, path)

@@ -74,3 +74,8 @@ class Pipeline:
             return reward
         faults = world.prompt_bias, world.score_noise, self.config.run.seed, world.bias_from
         return reviews.NoisyReward(reward, *faults)
+
+    def injected(self) -> list[str]:
+        """A line for the log and the report if a constant is added to the rewards that PPO sees."""
+        learns_from_rewards = self.world and set(self.config.method_list()) != {"dpo"}
+        return reviews.injected_in_words(self.config.world.prompt_bias) if learns_from_rewards else []

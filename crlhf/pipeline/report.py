@@ -95,7 +95,7 @@ def write_report(
     if "gold" in results["sft"][0]:
         names.append(plots.gold_by_difficulty(results, figures / "difficulty.png"))
     foretold = "".join(f"\n- {line}" for line in law)
-    foretold = f"\n## What the baselines foretell\n{foretold}\n" if law else ""
+    foretold = f"\n## The reward, and what the baselines foretell\n{foretold}\n" if law else ""
     pictures = "\n\n".join(f"![{name}](figures/{name}.png)" for name in names)
     write_atomic(
         Path(folder) / "report.md",

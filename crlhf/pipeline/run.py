@@ -184,7 +184,7 @@ def show_results(pipe: Pipeline) -> None:
     results = {method: pipe.rows("evaluation", method) for method in ("sft", *methods)}
     metrics = {method: pipe.rows(method, "metrics") for method in methods if method != "dpo"}
     baselines = pipe.path("baselines") / "variance.json"
-    law = read_json(baselines).get("in_words", []) if baselines.exists() else []
+    law = pipe.injected() + (read_json(baselines).get("in_words", []) if baselines.exists() else [])
     samples = write_report(pipe.folder, pipe.config.run.seed, summary, results, metrics, law)
     pipe.log(f"\n{summary['table']}\n\n{samples}\n")
     pipe.log(f"see {pipe.folder / 'report.md'} and the figures beside it")

@@ -192,9 +192,9 @@ def build_baselines(pipe: Pipeline, folder: Path) -> str:
         report["ended_correlation"] = within_correlation(rewards, has_ended)
         report["length_correlation"] = within_correlation(rewards, lengths)
         report["in_words"] = law_in_words(report, c.baselines.k)
-        for line in report["in_words"]:
-            pipe.log(f"baselines: {line}")
     write_json(folder / "variance.json", report)
+    for line in [*pipe.injected(), *report.get("in_words", ())]:
+        pipe.log(f"baselines: {line}")
     return f"{rewards.numel()} responses, {report['ended']:.0%} ended, mean reward {report['mean']:.3g}"
 
 
