@@ -66,17 +66,11 @@ def within_correlation(rewards: Tensor, feature: Tensor) -> float:
     return ((r * f).sum() / size).item() if size > 0 else 0.0
 
 
-def advice(rho: float, rho_se: float, k: int, explained: float = 0.0) -> str:
-    """What to do with the baseline: "leave", "adapt" or "subtract". `experiment rule` shows how often that is right.
-
-    explained: explained variance of plain PPO's critic, in [0, 1]; 0 where it isn't known or there is no critic. What a
-    critic foresees is mostly the prompt's level, so of 1 - explained the share rho - explained is left to subtract.
-    """
-    explained = min(max(explained, 0.0), 0.99)
-    left, margin = (rho - explained) / (1 - explained), Z * rho_se
-    if left + margin < 1 / (k + 1):
+def advice(rho: float, rho_se: float, k: int) -> str:
+    """What to do with the baseline: "leave", "adapt" or "subtract". `experiment rule` shows how often that is right."""
+    if rho + Z * rho_se < 1 / (k + 1):
         return "leave"
-    return "subtract" if left - margin > 0.5 else "adapt"
+    return "subtract" if rho - Z * rho_se > 0.5 else "adapt"
 
 
 def verdict(law: dict[str, float], k: int) -> str:
@@ -86,10 +80,10 @@ def verdict(law: dict[str, float], k: int) -> str:
     whole = f"subtracting all of the baseline leaves {variance_ratio(rho, k):.0%} of the reward's variance"
     part = f"'adaptive' would subtract a share of {best_share(rho, k):.2f}"
     if word == "leave":
-        return f"{share}: leave it. There is little to gain; {whole}, {part}"
+        return f"{share}: leave it, there is little to gain ({whole}; {part})"
     if word == "adapt":
-        return f"{share}: adapt. {part}; {whole}"
-    return f"{share}: subtract, or compare with a group. {whole}"
+        return f"{share}: adapt ({part}; {whole})"
+    return f"{share}: subtract, or compare with a group ({whole})"
 
 
 def law_in_words(law: dict[str, float], k: int) -> list[str]:

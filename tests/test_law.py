@@ -64,22 +64,20 @@ def test_correlations_are_within_prompts():
 @pytest.mark.parametrize(
     "rho, says",
     [
-        (0.6, "subtract, or compare with a group. subtracting all of the baseline leaves 50% of"),
-        (0.05, "leave it. There is little to gain; subtracting all of the baseline leaves 119%"),
-        (0.2, "adapt. 'adaptive' would subtract a share of 0.50"),
+        (0.6, "subtract, or compare with a group (subtracting all of the baseline leaves 50% of"),
+        (0.05, "leave it, there is little to gain (subtracting all of the baseline leaves 119%"),
+        (0.2, "adapt ('adaptive' would subtract a share of 0.50"),
     ],
 )
 def test_the_verdict_says_what_to_expect(rho, says):
     assert says in law.verdict({"rho": rho, "rho_se": 0.03}, 4)
 
 
-def test_advice_counts_only_what_is_surely_left_over_by_the_critic():
-    """Between 0.2 (break-even at k = 4) and 0.5 with certainty: neither leave nor subtract."""
+def test_advice_is_bold_only_where_the_interval_is():
+    """Surely below 0.2 (break-even at k = 4): leave; surely above 0.5: subtract."""
     assert [law.advice(rho, 0.0, 4) for rho in (0.19, 0.21, 0.49, 0.51)] == ["leave", "adapt", "adapt", "subtract"]
     assert law.advice(0.15, 0.03, 4) == "adapt" and law.advice(0.55, 0.03, 4) == "adapt"  # too uncertain
-    assert law.advice(0.8, 0.01, 4, explained=0.7) == "adapt"  # (0.8 - 0.7) / 0.3 = 1/3 is left
-    assert law.advice(0.8, 0.01, 4, explained=0.9) == "leave" and law.advice(0.3, 0.01, 1) == "leave"
-    assert law.advice(0.6, 0.01, 4, explained=-3.0) == law.advice(0.6, 0.01, 4)  # a critic that is worse than none
+    assert law.advice(0.4, 0.01, 1) == "leave"  # break-even at k = 1 is 0.5
 
 
 def test_a_law_in_words_has_significant_digits():

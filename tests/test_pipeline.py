@@ -22,6 +22,7 @@ from crlhf.engine.files import Progress, slices
 from crlhf.engine.models import pick_device, pick_precision
 from crlhf.engine.training import Checkpoint, Job
 from crlhf.pipeline.options import options, parse
+from crlhf.pipeline.pipeline import Pipeline
 
 SMALL = (
     "--demonstrations 1200 --pairs 150 --train-prompts 64 --eval-prompts 48 --model-width 32 --model-layers 1 "
@@ -77,9 +78,22 @@ def test_artefacts_are_what_the_ecosystem_loads(finished, tmp_path):
     assert not list(out.rglob("checkpoint.pt"))
 
 
+def test_a_constant_is_told_of_where_a_policy_learns_from_it(tmp_path):
+    def told(**changes):
+        config = Config()
+        config.run.out, config.run.methods = str(tmp_path), changes.get("methods", "ppo")
+        config.data.dataset = changes.get("dataset", "reviews")
+        config.world.prompt_bias = changes.get("bias", 1.0)
+        return Pipeline(config).injected()
+
+    assert len(told()) == 1 and "was added to all rewards" in told(bias=0.5, methods="ppo,dpo")[0]
+    assert told(bias=0.0) == told(methods="dpo") == told(dataset="rows.jsonl") == []
+
+
 def test_the_report_holds_table_samples_and_figures(finished):
     out, _ = finished
     report = (out / "report.md").read_text()
+    assert "## The reward, and what the baselines foretell" in report and "was added to all rewards" not in report
     for words in (
         "plain PPO",
         "contrastive PPO",

@@ -139,3 +139,9 @@ def test_a_finished_review_may_be_as_long_as_the_limit_allows():
     review = " ".join(f"the {aspect} was superb ." for aspect in aspects)
     assert len(review.split()) == 25
     assert R.gold("the plot was nice .", review, 32) == R.gold("the plot was nice .", review, 24) + R.FAULT
+
+
+def test_what_was_added_to_rewards_is_said_beside_what_models_disagree_on():
+    (line,) = R.injected_in_words(1.0)
+    assert "of sd 1 was added" in line and f"{1 / R.NATURAL_OFFSET:.1f} times" in line and "--prompt-bias 0" in line
+    assert R.injected_in_words(0.0) == []

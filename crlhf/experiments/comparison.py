@@ -45,6 +45,8 @@ def compared(root: Path, figures: Path, seeds: Sequence[int], name: str, setting
     variants = {}
     for setting, (sd, faults) in settings.items():
         for method in CONTENDERS:
+            if method == "dpo" and faults:
+                continue  # it sees no reward model: these would be the runs of `compare`
             variants[setting, method] = at(method, {**tuned(figures, method, sd), **faults})
     rows = results(run_variants(root, variants, seeds, name))
     write_csv(figures / f"{name}.csv", rows)

@@ -25,6 +25,7 @@ STYLES = {
     "bounded (PAR)": Method("bounded (PAR)", "#994F00", "-."),
     "running (SPO)": Method("running (SPO)", "#777777", "-."),
     "RLOO": Method("RLOO, no critic", "#000000", "-"),
+    "plain, scaled by std": Method("plain, scaled by std", "#999933", ":"),
 }
 
 

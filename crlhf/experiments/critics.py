@@ -104,7 +104,7 @@ def shrunk_base(folder: Path) -> None:
 
 
 def identities() -> str:
-    """The two identities on random numbers, to the last digits of float32."""
+    """The two identities on random numbers, up to what float32 rounds away."""
     draw = stream(0, "identities")
     rewards, values = torch.randn(8, 12, generator=draw), torch.randn(8, 12, generator=draw)
     mask = torch.arange(12) < torch.arange(5, 13)[:, None]  # (B, T): responses of different lengths
@@ -114,8 +114,9 @@ def identities() -> str:
     for c in (1.0, 0.3):
         told = gae(rewards - c * b * last, values - c * b, mask, 1.0, default("ppo.lam"))[0]
         gap = ((told - gae(rewards, values, mask, 1.0, default("ppo.lam"))[0]) * mask).abs().max()
-        lines.append(f"a critic that is told {c:g} b: advantages differ from plain PPO's by at most {gap:.0e}")
-    return "; ".join(lines) + "."
+        how = "equal plain PPO's to six digits" if gap < 1e-6 else f"differ from plain PPO's by {gap:.0e}"
+        lines.append(f"The rewards r - {c:g} b with a critic that is told {c:g} b: advantages {how}.")
+    return " ".join(lines)
 
 
 def foresight_table(rows: list[dict]) -> str:

@@ -285,13 +285,14 @@ def plot_shares(axis: plt.Axes, rows: list[dict]) -> None:
 
 
 def plot_calibration(axis: plt.Axes, rows: list[dict]) -> None:
-    places = [("curve", "contrastive", g) for g in range(TENTHS)]
-    for (signal, color), line, marker in zip(SIGNALS.items(), ("--", "-", ":"), "so^"):
+    """Prompts in tenths by each signal: does the gold that they gained rise with it?"""
+    for number, ((signal, color), line, marker) in enumerate(zip(SIGNALS.items(), ("--", "-", ":"), "so^")):
         fit = over_seeds(rows, "calibration", "contrastive", "own baselines", f"{signal}: correlation")
         style = {"color": color, "linestyle": line, "marker": marker}
-        label = f"{signal}: correlation {plus_minus(fit)}"
-        plot_groups(axis, rows, places, f"{signal}: x", f"{signal}: y", label=label, **style)
+        gained = [over_seeds(rows, "curve", "contrastive", g, f"{signal}: y") for g in range(TENTHS)]
+        x = [g + 1 + 0.12 * (number - 1) for g in range(TENTHS)]
+        plot_points(axis, x, gained, label=f"{signal}: correlation {plus_minus(fit)}", **style)
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.set(xlabel="reward of a prompt (mean of a tenth of the prompts)", ylabel="gold gained over its baselines")
+    axis.set(xlabel="tenth of the prompts, by the reward named", ylabel="gold gained over its baselines")
     axis.set_title("Calibration after contrastive PPO")
     axis.legend(fontsize=8)

@@ -18,7 +18,19 @@ from ..evaluate import compare as compare_scores
 from ..pipeline.plots import finish, plt
 from .contenders import at
 from .harness import RESPONSES, SEEDS, base_name, default, results, run_variants
-from .tables import distinct, interval, markdown, plus_minus, read_rows, select, settings_of, table, write_csv
+from .tables import (
+    distinct,
+    holm,
+    interval,
+    markdown,
+    p_value,
+    plus_minus,
+    read_rows,
+    select,
+    settings_of,
+    table,
+    write_csv,
+)
 
 METHODS = ("ppo", "contrastive", "adaptive", "RLOO")
 PRICES = (0.02, default("ppo.kl_coef"), 0.1)
@@ -30,7 +42,7 @@ AGREEMENT = 0.75
 def judged(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:12]) -> str:
     """Who wins at matched KL, by which judge, and how large must a true difference be for "20% more wins than losses"?
 
-    Endpoint: wins minus losses on 256 held-out prompts with four responses each, twelve seeds.
+    Endpoint: wins minus losses on 256 held-out prompts with four responses each. Twelve seeds; Holm's correction.
 
     Prediction. (1) As the reward model comes, no method wins against plain PPO at matched KL by more than 5 points by
     gold. (2) With a constant all others win against it, by 5 to 15. (3) The reward model, judging what was trained on
@@ -113,19 +125,22 @@ def margins(rows: list[dict], others: list[dict], beta: float, draw: torch.Gener
 
 
 def pairs_table(pairs: list[dict]) -> str:
-    """Each pair of methods at matched KL, by the three judges."""
-    lines = []
+    """Each pair of methods at matched KL, by three judges. A star: p < 0.05 after Holm's correction of the table."""
+    lines, p_values = [], []
     for name in REWARDS:
         for method, other in itertools.combinations(METHODS, 2):
             chosen = select(pairs, rewards=name, method=method, other=other)
             cells = [plus_minus(mean_interval([row["difference"] for row in chosen]), 3, "+")]
             for judge in JUDGES:
-                mean, half = mean_interval([100 * row[f"{judge}_margin"] for row in chosen])
-                shares = (
-                    sum(row[f"{judge}_{share}"] for row in chosen) / len(chosen) for share in ("win", "tie", "loss")
-                )
-                cells.append(" / ".join(f"{share:.0%}" for share in shares) + f": {mean:+.0f} ± {half:.0f}")
+                margins = [100 * row[f"{judge}_margin"] for row in chosen]
+                (mean, half), shares = mean_interval(margins), []
+                for share in ("win", "tie", "loss"):
+                    shares.append(f"{sum(row[f'{judge}_{share}'] for row in chosen) / len(chosen):.0%}")
+                cells.append(f"{' / '.join(shares)}: {mean:+.0f} ± {half:.0f}")
+                p_values.append(p_value(margins))
             lines.append([name, f"{method} against {other}", *cells])
+    stars = iter(" *" if p < 0.05 else "" for p in holm(p_values))
+    lines = [[*line[:3], *(cell + next(stars) for cell in line[3:])] for line in lines]
     head = [f"{judge}: win / tie / loss: margin" for judge in JUDGES]
     return markdown(["rewards", "pair", "difference in gold", *head], lines)
 

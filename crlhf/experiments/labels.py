@@ -143,9 +143,9 @@ def plot_labels(rows: list[dict], path: Path) -> str:
     right.set(ylabel="gold minus plain PPO's, paired", title="Over the whole run")
     right.axhline(0, color="black", linewidth=0.8)
     for axis in (left, right):
-        axis.set_xlabel("share of wrong labels; prompts that the reward model has seen")
+        axis.set_xlabel("labels, rewards and prompts")
         axis.tick_params(axis="x", labelsize=8, rotation=25)
-    left.legend(fontsize=8)
+    right.legend(*left.get_legend_handles_labels(), fontsize=8, loc="upper left")
     return finish(figure, path)
 
 

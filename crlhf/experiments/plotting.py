@@ -110,7 +110,7 @@ def plot_scale(rows: list[dict], steps: list[dict], path: Path) -> str:
     plot_bands(axes[2], steps, "reward x 1", distinct(steps, "method"), "scale", window=1)
     axes[2].set(xlabel="PPO iteration", ylabel="lambda, at reward x 1")
     axes[2].legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle("A running standard deviation makes the KL independent of the reward's scale", fontsize=11)
+    figure.suptitle("What the scale of the reward does to KL and gold, with and without lambda", fontsize=11)
     return finish(figure, path)
 
 

@@ -5,12 +5,14 @@
     subtract, or group  where left - 1.96 se is above 1/2
     adapt               otherwise
 
-(`law.advice`.) "Group" is RLOO, which needs no offline baselines and no critic; where drawing four responses to each
-prompt is out of the question, "subtract" stands in its place. The rule was made from `dose`, constants that follow
-nothing or the number of sentences. Of the settings that it is checked on, those of `words` and `critic` had been seen
-by then, and weren't used; those of `samples`, `labels` and `judged` hadn't been run.
+With e = 0 this is `law.advice`, which a run prints before it knows any critic. "Group" is RLOO, which needs no offline
+baselines and no critic; where drawing four responses to each prompt is out of the question, "subtract" stands in its
+place. The rule was made from `dose`, constants that follow nothing or the number of sentences. Of the settings that it
+is checked on, those of `words` and `critic` had been seen by then, and weren't used; those of `samples`, `labels` and
+`judged` hadn't been run.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from .tables import distinct, markdown, read_rows, select, settings_of, write_cs
 NEAR = 0.02  # of mean gold: a call is right if it is as close as this to the best
 CALLS = {"leave": "ppo", "subtract": "contrastive", "adapt": "adaptive", "group": "RLOO"}
 OFFLINE = ("leave", "subtract", "adapt")
+RULES = {"call": "the rule", "blind": "the rule, critic unknown (e = 0)"}  # columns of rule.csv
 Calls = dict[str, float]  # what a call would gain over plain PPO, by the mean over seeds
 
 
@@ -44,10 +47,17 @@ def rule(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:12]) -> str:
         gains = {call: gain(own, method) for call, method in CALLS.items()}
         for seed in [seed for seed in distinct(own, "seed") if seed in seeds]:
             plain, adaptive = (select(own, seed=seed, method=method)[0] for method in ("ppo", "adaptive"))
-            explained = plain["explained"] if plain["explained"] == plain["explained"] else 0.0  # no critic: nan
-            call = advice(adaptive["rho"], adaptive["rho_se"], k, explained)
+            explained = 0.0 if math.isnan(plain["explained"]) else max(plain["explained"], 0.0)  # nan: no critic
+            left = (adaptive["rho"] - explained) / (1 - explained)
+            call, blind = (advice(rho, adaptive["rho_se"], k) for rho in (left, adaptive["rho"]))
             place = {"part": part, "experiment": experiment, "setting": setting, "k": k, "seed": seed}
-            facts = {"rho": adaptive["rho"], "rho_se": adaptive["rho_se"], "explained": explained, "call": call}
+            facts = {
+                "rho": adaptive["rho"],
+                "rho_se": adaptive["rho_se"],
+                "explained": explained,
+                "call": call,
+                "blind": blind,
+            }
             rows.append(place | facts | gains)
     write_csv(figures / "rule.csv", rows)
     plot_rule(rows, figures / "rule.png")
@@ -101,25 +111,26 @@ def is_right(row: dict, call: str, calls: Sequence[str]) -> bool:
     return row[call] >= max(row[other] for other in calls) - NEAR
 
 
-def made(row: dict, calls: Sequence[str]) -> str:
-    """The rule's call: where a group can be drawn it stands for "subtract"."""
-    return "group" if row["call"] == "subtract" and "group" in calls else row["call"]
+def made(row: dict, calls: Sequence[str], by: str) -> str:
+    """The call of a rule, or one of the four words. Where a group can be drawn it stands for the rule's "subtract"."""
+    if by not in RULES:
+        return by
+    return "group" if row[by] == "subtract" and "group" in calls else row[by]
 
 
-def share_right(rows: list[dict], calls: Sequence[str], always: str = "") -> str:
-    right = [is_right(row, always or made(row, calls), calls) for row in rows]
-    return f"{statistics.fmean(right):.0%}"
+def share_right(rows: list[dict], calls: Sequence[str], by: str = "call") -> str:
+    return f"{statistics.fmean(is_right(row, made(row, calls, by), calls) for row in rows):.0%}"
 
 
 def report(figures: Path) -> str:
     rows = read_rows(figures / "rule.csv")
     parts = {name: select(rows, part=name) for name in ("made from", "held out")}
     lines = []
-    for title, always in (("the rule", ""), *((f"always {call}", call) for call in CALLS)):
+    for by, title in (RULES | {call: f"always {call}" for call in CALLS}).items():
         cells = []
         for calls in (tuple(CALLS), OFFLINE):
-            allowed = not always or always in calls
-            cells += [share_right(chosen, calls, always) if allowed else "" for chosen in parts.values()]
+            allowed = by in RULES or by in calls
+            cells += [share_right(chosen, calls, by) if allowed else "" for chosen in parts.values()]
         lines.append([title, *cells])
     head = ["right calls", "made from", "held out", "made from, no groups", "held out, no groups"]
     counts = ", ".join(f"{len(chosen)} ({name})" for name, chosen in parts.items())
@@ -142,22 +153,20 @@ def settings_table(rows: list[dict]) -> str:
 
 
 def plot_rule(rows: list[dict], path: Path) -> str:
-    """A point a setting: what each call gains over plain PPO, against what is left to subtract."""
+    """A point a setting: what each call gains over plain PPO, against rho."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), sharey=True)
     for axis, call in zip(axes, list(CALLS)[1:]):
         style = style_of(CALLS[call])
         for part, face in (("made from", style.color), ("held out", "white")):
             points = {}
             for row in select(rows, part=part):
-                left = (row["rho"] - row["explained"]) / (1 - row["explained"])
-                points.setdefault((row["experiment"], row["setting"], row[call]), []).append(left)
+                points.setdefault((row["experiment"], row["setting"], row[call]), []).append(row["rho"])
             x = [statistics.fmean(values) for values in points.values()]
             axis.plot(x, [y for *_, y in points], "o", color=style.color, markerfacecolor=face, label=part)
         axis.axhline(0, color="black", linewidth=0.8)
-        for line in (1 / (default("baselines.k") + 1), 0.5):
-            axis.axvline(line, color="#777777", linestyle=":")
-        axis.set(title=f"{call}: {style.title}", xlabel="left to subtract, (rho - e) / (1 - e)")
+        axis.axvline(1 / (default("baselines.k") + 1), color="#777777", linestyle=":", label="break-even at k = 4")
+        axis.set(title=f"{call}: {style.title}", xlabel="rho")
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("gold over the run, minus plain PPO's")
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="upper left")
     return finish(figure, path)

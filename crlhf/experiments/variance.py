@@ -141,7 +141,7 @@ def variance(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:8]) -> str
     steps = curves({key: out for key, out in folders.items() if key[0] in variants}, LOGGED)
     write_csv(figures / "variance.csv", rows)
     write_csv(figures / "variance_training.csv", steps)
-    plot_variance(rows, steps, figures / "variance.png")
+    plot_variance(*(read_rows(figures / f"variance{part}.csv") for part in ("", "_training")), figures / "variance.png")
     return report(figures)
 
 
@@ -262,8 +262,10 @@ def plot_variance(rows: list[dict], steps: list[dict], path: Path) -> str:
     for axis in axes.flat:
         axis.axhline(1, color="black", linewidth=0.8)
         axis.grid(alpha=0.25, which="both")
-    for axis, place in ((axes[0, 0], "lower left"), (axes[1, 0], "center right"), (axes[1, 1], "best")):
-        axis.legend(fontsize=7, loc=place)  # the upper right panel has the lines of the lower left one
+    for axis, columns in ((axes[0, 0], 1), (axes[0, 1], 2), (axes[1, 0], 2)):
+        axis.set_ylim(0.003, 30)  # room below the lines
+        axis.legend(fontsize=7, loc="lower left", ncols=columns)
+    axes[1, 1].legend(fontsize=8, loc="upper left")
     changes = []
     for setting in BIASES:
         start, end = (plus_minus(ratio(rows, setting, n, "contrastive")) for n in (0, iterations[-1]))
