@@ -55,6 +55,10 @@ def test_the_readme_quotes_tables_to_the_printed_digit():
     lines = set(said.splitlines())
     cells = [line for line in lead.splitlines() if line.startswith("|") and "±" in line]
     assert len(cells) > 10 and not [line for line in cells if line not in lines]
+    for paragraph in lead.split("\n\n"):
+        for name in re.findall(r"experiment (\w+)", paragraph):  # a paragraph that names its experiment quotes that one
+            own = (FIGURES / f"{name}.md").read_text() + experiments.EXPERIMENTS[name].__doc__
+            assert numbers(paragraph) - numbers(own) <= {"95%"}, paragraph
     rest = (FIGURES / "README.md").read_text()
     for section in SECTIONS.values():
         rest = rest.replace(section, "")
