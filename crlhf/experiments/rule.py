@@ -8,8 +8,8 @@
 With e = 0 this is `law.advice`, which a run prints before it knows any critic. "Group" is RLOO, which needs no offline
 baselines and no critic; where drawing four responses to each prompt is out of the question, "subtract" stands in its
 place. The rule was made from `dose`, constants that follow nothing or the number of sentences. Of the settings that it
-is checked on, those of `words` and `critic` had been seen by then, and weren't used; those of `samples`, `labels` and
-`judged` hadn't been run.
+is checked on, the results of `words` and `critic` had been seen by then, and weren't used; those of `samples`,
+`labels` and `judged` hadn't.
 """
 
 import math
@@ -29,7 +29,6 @@ NEAR = 0.02  # of mean gold: a call is right if it is as close as this to the be
 CALLS = {"leave": "ppo", "subtract": "contrastive", "adapt": "adaptive", "group": "RLOO"}
 OFFLINE = ("leave", "subtract", "adapt")
 RULES = {"call": "the rule", "blind": "the rule, critic unknown (e = 0)"}  # columns of rule.csv
-Calls = dict[str, float]  # what a call would gain over plain PPO, by the mean over seeds
 
 
 def rule(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:12]) -> str:
@@ -51,14 +50,8 @@ def rule(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:12]) -> str:
             left = (adaptive["rho"] - explained) / (1 - explained)
             call, blind = (advice(rho, adaptive["rho_se"], k) for rho in (left, adaptive["rho"]))
             place = {"part": part, "experiment": experiment, "setting": setting, "k": k, "seed": seed}
-            facts = {
-                "rho": adaptive["rho"],
-                "rho_se": adaptive["rho_se"],
-                "explained": explained,
-                "call": call,
-                "blind": blind,
-            }
-            rows.append(place | facts | gains)
+            facts = {key: adaptive[key] for key in ("rho", "rho_se")} | {"explained": explained}
+            rows.append(place | facts | {"call": call, "blind": blind} | gains)
     write_csv(figures / "rule.csv", rows)
     plot_rule(rows, figures / "rule.png")
     return report(figures)
