@@ -27,6 +27,10 @@ def run(arguments: list[str]) -> None:
         from .bench.benchmark import main as run_benchmark
 
         run_benchmark(others)
+    elif command == "judge":
+        from .pipeline.judging import main as run_judge
+
+        run_judge(others)
     elif command == "memory":
         from .bench.memory import main as show_memory
 

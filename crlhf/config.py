@@ -183,6 +183,26 @@ PRETRAINED = {
 
 
 @dataclass
+class JudgeConfig:
+    """The command `judge`: which responses, and who says which of them are better."""
+
+    of: str = knob("contrastive", "the policy that is judged: a method of the run, or a file of {prompt, response}")
+    against: str = knob("ppo", "the one that it is compared with: a method of the run, 'sft', or a file")
+    prompts: int = knob(100, "how many pairs, drawn from the held-out prompts", 2, 100_000)
+    seed: int = knob(0, "of the draw of prompts, and of who stands first", 0, 2**63 - 1)
+    out: str = knob("", "folder for pairs, answers and report (default: RUN/judge/OF-against-AGAINST)")
+    by: str = knob("model", "who judges: a language model, or people with a page of their own",
+                   choices=("model", "people"))  # fmt: skip
+    dry_run: bool = knob(False, "write the pairs and say how many calls there will be, but ask nobody")
+    judge_url: str = knob("", "address of a chat-completions endpoint, like http://localhost:8000/v1 ('': pairs only)")
+    judge_model: str = knob("", "name of the model to ask there")
+    judge_key: str = knob("JUDGE_API_KEY", "environment variable that holds the key, if the endpoint wants one")
+    judge_rubric: str = knob("", "text file that tells the judge what to look for ('': the built-in rubric)")
+    judge_timeout: float = knob(60.0, "seconds to wait for an answer", 0.1, 3600)
+    judge_retries: int = knob(5, "how often a call that may pass later is tried again", 0, 100)
+
+
+@dataclass
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -14,7 +14,19 @@ from conftest import ROOT
 LAYERS = (
     {"config"},
     {"engine"},
-    {"reviews", "policy", "sft", "reward", "law", "baselines", "contrastive", "ppo", "dpo", "evaluate"},  # the concepts
+    {
+        "reviews",
+        "policy",
+        "sft",
+        "reward",
+        "law",
+        "baselines",
+        "contrastive",
+        "ppo",
+        "dpo",
+        "evaluate",
+        "judge",
+    },  # the concepts
     {"pipeline"},
     {"bench", "experiments"},
     {"__main__"},

@@ -1,0 +1,466 @@
+"""Blind pairs, an endpoint of our own that misbehaves in every way, and each statistic against a hand-made case."""
+
+import contextlib
+import csv
+import email.utils
+import html
+import json
+import math
+import shutil
+import subprocess
+import threading
+import time
+from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+from crlhf import judge as J
+from crlhf.__main__ import main
+from crlhf.config import Config, JudgeConfig, UserError
+from crlhf.engine.files import read_json, read_jsonl, stream, write_json, write_jsonl
+from crlhf.pipeline import people
+
+PROMPTS = [f"the plot was dull number {i} ." for i in range(30)]
+
+
+def side(word, gold=None):
+    rows = [{"prompt": prompt, "response": f"{word} {i}"} for i, prompt in enumerate(PROMPTS)]
+    return [{**row, "gold": gold(i)} for i, row in enumerate(rows)] if gold else rows
+
+
+# ------------------------------------------------------------------------------------------------ pairs
+
+
+def test_pairs_are_blind_and_follow_from_the_seed():
+    pairs, keys = J.make_pairs(side("good"), side("bad"), 20, 3)
+    assert (pairs, keys) == J.make_pairs(side("good"), side("bad"), 20, 3)
+    assert pairs != J.make_pairs(side("good"), side("bad"), 20, 4)[0]
+    assert all(set(pair) == {"id", "prompt", "a", "b"} for pair in pairs) and len({pair["id"] for pair in pairs}) == 20
+    firsts = 0
+    for pair, key in zip(pairs, keys):
+        good = "a" if key["a"] == "of" else "b"
+        assert pair[good].startswith("good") and pair["ab".replace(good, "")].startswith("bad")
+        assert pair["prompt"] == PROMPTS[key["row"]] and pair[good] == f"good {key['row']}"
+        firsts += good == "a"
+    assert 4 < firsts < 16
+    assert len(J.make_pairs(side("good"), side("bad"), 1000, 0)[0]) == 30
+
+
+def test_sides_must_answer_the_same_prompts():
+    with pytest.raises(UserError, match="different prompts"):
+        J.make_pairs(side("good"), side("bad")[::-1], 5, 0)
+
+
+# ------------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize(
+    "verdict, swapped, of_is_a, score, flipped, firsts, choices",
+    [
+        ("A", "B", True, 1.0, False, 1, 2),  # the same response both times: it was first once
+        ("A", "B", False, 0.0, False, 1, 2),
+        ("B", "A", True, 0.0, False, 1, 2),
+        ("A", "A", True, 0.5, True, 2, 2),  # whoever stands first
+        ("B", "B", False, 0.5, True, 0, 2),
+        ("tie", "tie", True, 0.5, False, 0, 0),
+        ("A", "tie", True, 0.5, True, 1, 1),
+        (None, "A", True, None, None, None, None),
+    ],
+)
+def test_two_orders_make_one_verdict(verdict, swapped, of_is_a, score, flipped, firsts, choices):
+    expected = {"score": score, "flipped": flipped, "firsts": firsts, "choices": choices}
+    assert J.combine(verdict, swapped, of_is_a) == expected
+
+
+@pytest.mark.parametrize(
+    "answer, verdict",
+    [
+        ("[[A]]", "A"),
+        ("I'd say [[B]] first, but\n[[ a ]]", "A"),
+        ("[[TIE]]", "tie"),
+        ("A", None),
+        ("[[C]]", None),
+        ("", None),
+    ],
+)
+def test_verdicts_are_read_and_never_guessed(answer, verdict):
+    assert J.read_verdict(answer) == verdict
+
+
+def test_shares_and_their_bootstrap():
+    scores = torch.tensor([1.0] * 50 + [0.5] * 20 + [0.0] * 30)
+    found = J.shares(scores)
+    exact = {"win": 0.5, "tie": 0.2, "loss": 0.3, "margin": 0.2, "win_rate": 0.6}
+    assert found == {name: pytest.approx(value) for name, value in exact.items()}
+    low, high = J.bootstrap(scores, lambda some: J.shares(some)["margin"], 0)
+    sd = math.sqrt((0.5 + 0.3 - 0.2**2) / 100)  # of a mean of values 1, 0 and -1
+    assert low == pytest.approx(0.2 - 1.96 * sd, abs=0.02) and high == pytest.approx(0.2 + 1.96 * sd, abs=0.02)
+
+
+def test_kappa_of_a_textbook_table():
+    """20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: agreement 0.7, chance 0.5, kappa 0.4."""
+    a = ["yes"] * 25 + ["no"] * 25
+    b = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
+    assert J.kappa(a, b) == pytest.approx(0.4) and J.kappa(a, a) == 1.0
+    assert math.isnan(J.kappa(["x"] * 3, ["x"] * 3))
+
+
+def test_a_judge_of_lengths_is_even_at_equal_length():
+    draw = stream(0, "lengths")
+    longer = 3 + 2 * torch.randn(4000, generator=draw)
+    z = longer / longer.std()
+    won = (torch.rand(4000, generator=draw) < (0.0 + 1.2 * z).sigmoid()).double()
+    assert won.mean() > 0.75  # the policy writes more, and that is all it wins by
+    rate, gamma = J.length_controlled(won, longer)
+    assert rate == pytest.approx(0.5, abs=0.05) and gamma == pytest.approx(1.2, abs=0.15)
+    fair = (torch.rand(4000, generator=draw) < 0.7).double()
+    assert J.length_controlled(fair, longer)[0] == pytest.approx(0.7, abs=0.03)
+    assert J.length_controlled(torch.ones(20), torch.zeros(20))[0] < 1  # finite where all are won
+
+
+def test_the_fit_is_where_the_slope_is_zero():
+    scores, longer = torch.tensor([1.0, 0.5, 0.0, 1.0, 0.0]), torch.tensor([2.0, 1.0, -1.0, -2.0, 3.0])
+    rate, gamma = J.length_controlled(scores, longer)
+    z, theta = (longer / longer.std()).double(), math.log(rate / (1 - rate))
+
+    def loss(theta, gamma):
+        p = torch.sigmoid(theta + gamma * z)
+        own = scores.double()
+        return -(own * p.log() + (1 - own) * (1 - p).log()).sum() + (theta**2 + gamma**2) / (2 * J.SPREAD**2)
+
+    best = loss(theta, gamma)
+    for step in (1e-3, -1e-3):
+        assert loss(theta + step, gamma) > best and loss(theta, gamma + step) > best
+
+
+def test_accuracy_rises_with_the_true_difference():
+    gold = torch.tensor([0.1, -0.1, 0.2, -2.0, 3.0, 0.0])
+    scores = torch.tensor([0.0, 0.5, 1.0, 0.0, 1.0, 1.0])  # wrong, tie, right; right, right; not counted
+    small, large = J.accuracy(scores, gold, 2)
+    assert (small["pairs"], small["right"]) == (3, 0.5)
+    assert (small["low"], small["high"]) == (pytest.approx(0.1), pytest.approx(0.2))
+    assert (large["pairs"], large["right"]) == (2, 1.0)
+
+
+# --------------------------------------------------------------------------------------------- endpoint
+
+
+class Judge(BaseHTTPRequestHandler):
+    """Prefers what begins with 'good'. `replies` come first: (status, headers, body), or how many seconds to sleep."""
+
+    replies, requests = [], []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.requests.append((self.path, self.headers.get("Authorization"), body))
+        status, headers, text = 200, {}, None
+        if self.replies:
+            reply = self.replies.pop(0)
+            if isinstance(reply, float):
+                time.sleep(reply)
+            else:
+                status, headers, text = reply
+        if text is None:
+            content = body["messages"][1]["content"]
+            first, second = content.split("Response A:\n")[1].split("\n\nResponse B:\n")
+            verdict = "[[A]]" if first.startswith("good") else "[[B]]" if second.startswith("good") else "[[tie]]"
+            message = {"message": {"role": "assistant", "content": f"Hm. {verdict}"}}
+            text = json.dumps({"choices": [message], "usage": {"total_tokens": 7}})
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *arguments):
+        pass
+
+    def handle(self):
+        with contextlib.suppress(BrokenPipeError):  # who was too slow writes to nobody
+            super().handle()
+
+
+@pytest.fixture
+def server():
+    Judge.replies, Judge.requests = [], []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run, as far as the command looks at it."""
+    folder = tmp_path / "run"
+    write_json(folder / "config.json", asdict(Config()))
+    write_jsonl(folder / "evaluation" / "contrastive.jsonl", side("good", lambda i: 1.0 + i))
+    write_jsonl(folder / "evaluation" / "ppo.jsonl", side("bad, and longer than it has to be", lambda i: 0.5 + i))
+    return folder
+
+
+def command(run, url, *more):
+    return main(["judge", str(run), "--prompts", "10", "--judge-url", url, "--judge-model", "m", *more])
+
+
+def test_a_run_is_judged_from_pairs_to_report(run, server, capsys, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "secret-1")
+    assert command(run, server) == 0
+    out = run / "judge" / "contrastive-against-ppo"
+    report, shown = (out / "judge.md").read_text(), capsys.readouterr().out
+    assert "| win / tie / loss | 100% / 0% / 0% |" in report and "flip with the order | 0%" in report
+    assert "by gold: win / tie / loss | 100% / 0% / 0%" in report and "first position | 50% of 20" in report
+    assert "right by gold, largest third | 100% (differs by 0.50 to 0.50, 3 pairs)" in report
+    assert "words of the winner; of the loser | 2.0; 9.0" in report and "win rate; at equal length | 100.0%" in report
+    assert "20 calls" not in shown and "win / tie / loss" in shown and (out / "judge.png").exists()
+    rows = list(csv.DictReader(open(out / "judge.csv")))
+    assert (
+        len(rows) == 10 and {row["score"] for row in rows} == {"1.0"} and {row["gold_gap"] for row in rows} == {"0.5"}
+    )
+    path, key, body = Judge.requests[0]
+    assert (path, key) == ("/v1/chat/completions", "Bearer secret-1")
+    assert (body["model"], body["temperature"]) == ("m", 0) and len(Judge.requests) == 20
+    assert not any("secret-1" in file.read_text(errors="replace") for file in out.iterdir())
+    assert "contrastive" not in (out / "pairs.jsonl").read_text() and read_json(out / "key.json")["of"] == "contrastive"
+
+
+def test_no_answer_is_asked_for_twice(run, server, capsys):
+    Judge.replies = [(200, {}, None)] * 7 + [(401, {}, "no")]
+    assert command(run, server) == 2
+    assert "refuses (status 401): set the key" in capsys.readouterr().err
+    answers = run / "judge" / "contrastive-against-ppo" / "answers.jsonl"
+    assert len(read_jsonl(answers)) == 7
+    with open(answers, "a") as file:
+        file.write('{"name": "cut in t')  # as a kill leaves it
+    Judge.requests.clear()
+    assert command(run, server, "--dry-run", "true") == 0
+    assert "20 calls (both orders of each pair), of which 13 have no answer yet" in capsys.readouterr().out
+    assert command(run, server) == 0 and len(Judge.requests) == 13
+    Judge.requests.clear()
+    assert command(run, server) == 0 and Judge.requests == []
+
+
+def test_without_an_address_only_pairs_are_written(run, capsys):
+    assert main(["judge", str(run), "--prompts", "5"]) == 0
+    assert "5 blind pairs" in capsys.readouterr().out
+    assert not (run / "judge" / "contrastive-against-ppo" / "judge.md").exists()
+
+
+def test_what_may_pass_is_tried_again(server):
+    waited = []
+    endpoint = J.Endpoint(server, "m", retries=4, wait=waited.append)
+    soon = email.utils.formatdate(time.time() + 100, usegmt=True)
+    Judge.replies = [(429, {"Retry-After": "3"}, "slow down"), (503, {"Retry-After": soon}, ""), (500, {}, "oops")]
+    pair = {"prompt": "x", "a": "good", "b": "bad"}
+    assert endpoint.ask(J.question(pair, "r", False)) == ("Hm. [[A]]", 7)
+    assert waited == [3.0, pytest.approx(100, abs=5), 4.0]
+    assert J.read_verdict(endpoint.ask(J.question(pair, "r", True))[0]) == "B"  # the other order
+    assert [J.retry_after(text) for text in (None, "", "x", "nan", "1e9")] == [None, None, None, 0.0, 600.0]
+
+
+@pytest.mark.parametrize(
+    "reply, says",
+    [
+        ((200, {}, "<html>hello"), "answers something else ('<html>hello')"),
+        ((200, {}, '{"choices": []}'), "answers something else"),
+        ((200, {}, "[]"), "answers something else"),
+        ((403, {}, ""), "refuses (status 403): set another key"),
+        ((404, {}, ""), "refuses (status 404): check the address and --judge-model"),
+        ((302, {"Location": "http://elsewhere.invalid/"}, ""), "refuses (status 302)"),
+    ],
+)
+def test_a_bad_endpoint_is_one_line(run, server, capsys, reply, says):
+    Judge.replies = [reply]
+    assert command(run, server) == 2
+    error = capsys.readouterr().err.strip()
+    assert says in error and "\n" not in error and len(Judge.requests) == 1
+
+
+def test_an_endpoint_that_is_slow_or_down(run, server, capsys):
+    Judge.replies = [1.0, 1.0]
+    assert command(run, server, "--judge-timeout", "0.2", "--judge-retries", "0") == 2
+    assert "doesn't answer (timed out, 1 tries)" in capsys.readouterr().err
+    assert command(run, "http://127.0.0.1:9/v1", "--judge-retries", "0") == 2
+    assert "doesn't answer" in capsys.readouterr().err
+
+
+def test_unreadable_answers_are_counted(run, server, capsys):
+    Judge.replies = [(200, {}, json.dumps({"choices": [{"message": {"content": "I prefer A"}}]}))]
+    assert command(run, server) == 0
+    assert "pairs; unreadable | 9; 1" in capsys.readouterr().out
+    text = json.dumps({"choices": [{"message": {"content": None}}]})
+    Judge.replies = [(200, {}, text)] * 20
+    assert command(run, server, "--judge-model", "silent") == 2
+    assert "no answer could be read: the rubric must ask for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (["--of", "dpo"], "--of dpo: the run has no such responses (it has: contrastive, ppo)"),
+        (["--judge-url", "localhost:80"], "--judge-url localhost:80 is no address"),
+        (["--judge-url", "http://x/v1"], "--judge-url needs a --judge-model"),
+        (["--prompts", "1"], "--prompts is 1: use a value from 2"),
+        (["--judge-rubric", "missing.txt", "--dry-run", "true"], "--judge-rubric missing.txt can't be read"),
+        (["--of", "missing.jsonl"], "missing.jsonl does not exist"),
+    ],
+)
+def test_bad_options_are_one_line(run, capsys, more, says):
+    assert main(["judge", str(run), *more]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run_and_files_without_out(tmp_path, capsys):
+    assert main(["judge", str(tmp_path)]) == 2 and "is no folder of a run" in capsys.readouterr().err
+    assert main(["judge"]) == 2 and "judge needs the folder of a run" in capsys.readouterr().err
+
+
+def test_two_files_are_compared_in_a_folder_of_their_own(tmp_path, server, capsys):
+    for name in ("good", "bad"):
+        write_jsonl(tmp_path / f"{name}.jsonl", side(name))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    files = ["--of", str(tmp_path / "good.jsonl"), "--against", str(tmp_path / "bad.jsonl")]
+    asked = [*files, "--judge-url", server, "--judge-model", "m", "--prompts", "4"]
+    assert main(["judge", *asked, "--out", str(tmp_path / "mine")]) == 2
+    assert "holds other things than a comparison" in capsys.readouterr().err
+    assert main(["judge", *asked, "--out", str(tmp_path / "new")]) == 0
+    assert "100% / 0% / 0%" in (tmp_path / "new" / "judge.md").read_text()
+    write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "x"}])
+    assert main(["judge", *asked, "--out", str(tmp_path / "new")]) == 2
+    assert "bad.jsonl, row 1: needs a text 'prompt' and a text 'response'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- people
+
+
+def answered(run, name, verdicts, **changes):
+    """A rater's file: verdicts are for the first pairs; 'right' names the response of `of`."""
+    folder = run / "judge" / "contrastive-against-ppo"
+    pairs, key = read_jsonl(folder / "pairs.jsonl"), read_json(folder / "key.json")
+    answers = {}
+    for pair, one, verdict in zip(pairs, key["pairs"], verdicts):
+        right = "A" if one["a"] == "of" else "B"
+        answers[pair["id"]] = {"right": right, "wrong": "AB".replace(right, "")}.get(verdict, verdict)
+    file = run.parent / f"{name}.json"
+    sent = {"comparison": people.comparison_of(pairs), "rater": name, "answers": answers, **changes}
+    write_json(file, {key: value for key, value in sent.items() if value is not None})
+    return str(file)
+
+
+@pytest.fixture
+def page(run):
+    assert main(["judge", str(run), "--by", "people", "--prompts", "10"]) == 0
+    return (run / "judge" / "contrastive-against-ppo" / "people.html").read_text()
+
+
+def collect(run, *files):
+    return main(["judge", str(run), "--prompts", "10", "--collect", *files])
+
+
+def test_the_page_holds_the_pairs_and_not_the_key(page, run):
+    data = page.split('id="data">')[1].split("</script>")[0]
+    assert json.loads(data)["pairs"] == read_jsonl(run / "judge" / "contrastive-against-ppo" / "pairs.jsonl")
+    assert "contrastive" not in page and '"of"' not in page and "ppo" not in page
+    assert "http" not in page.replace("http-equiv", "") and "default-src 'none'" in page
+    evil = [{"id": "1", "prompt": "</script><script>alert(1)</script>", "a": "<!--", "b": "\u2028"}]
+    hidden = people.page(evil).split('id="data">')[1].split("</script>")[0]
+    assert "<" not in hidden and json.loads(hidden)["pairs"] == evil
+
+
+def test_raters_are_reported_beside_each_other_and_the_truth(page, run, capsys):
+    ann = answered(run, "Ann", ["right"] * 8 + ["tie", "wrong"])
+    bob = answered(run, "Bob", ["right"] * 6 + ["wrong"])  # half filled in: what is there counts
+    assert collect(run, ann, bob) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "| win / tie / loss | 80% / 10% / 10% | 86% / 0% / 14% |" in shown
+        and "| pairs; unreadable | 10; 0 | 7; 0 |" in shown
+    )
+    agreement = (6 / 7 - (7 * 6 + 0 * 1) / 49) / (1 - (7 * 6 + 0 * 1) / 49)
+    assert f"Cohen's kappa of Ann and Bob, 7 pairs: {agreement:.2f}" in shown
+    assert "flip with the order" in shown and "by gold: win / tie / loss | 100% / 0% / 0% | 100%" in shown
+
+
+def test_people_and_a_model_are_compared(page, run, server, capsys):
+    ann = answered(run, "Ann", ["right"] * 9 + ["wrong"])
+    assert command(run, server, "--collect", ann) == 0
+    assert "Cohen's kappa of Ann and m, 10 pairs: 0.00" in capsys.readouterr().out  # m always says the same
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"comparison": "0" * 16}, "answers other pairs than these"),
+        ({"comparison": None}, "holds no answers of a rater"),
+        ({"rater": " "}, "has no rater's name"),
+        ({"answers": {}}, "holds no answer yet"),
+        ({"answers": ["A"]}, "has no rater's name or no answers"),
+        ({"answers": {"nobody": "A"}}, "answers 'nobody' with 'A'"),
+    ],
+)
+def test_bad_exports_are_one_line(page, run, capsys, changes, says):
+    assert collect(run, answered(run, "Ann", ["right"], **changes)) == 2
+    error = capsys.readouterr().err.strip()
+    assert says in error and "\n" not in error and "Ann.json" in error
+
+
+def test_a_rater_counts_once_and_other_files_are_refused(page, run, capsys):
+    ann = answered(run, "Ann", ["right"])
+    assert collect(run, ann, ann) == 2 and "is a second file of 'Ann'" in capsys.readouterr().err
+    (run.parent / "list.json").write_text("[1, 2]")
+    assert collect(run, str(run.parent / "list.json")) == 2 and "holds no answers" in capsys.readouterr().err
+    (run.parent / "broken.json").write_text("{")
+    assert collect(run, str(run.parent / "broken.json")) == 2 and "not valid JSON" in capsys.readouterr().err
+    assert collect(run, "missing.json") == 2 and "missing.json does not exist" in capsys.readouterr().err
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def browse(page, script, profile):
+    """What a headless browser makes of the page after a script of ours: the text that the script leaves in #out."""
+    file = profile / "page.html"
+    file.write_text(page.replace("</body>", f'<pre id="out"></pre><script>{script}</script></body>'), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom"]
+    command = [CHROMIUM, *options, f"--user-data-dir={profile / 'profile'}", file.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    return html.unescape(dom.split('<pre id="out">')[1].split("</pre>")[0])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_page_in_a_browser(page, run, tmp_path, capsys):
+    """Keys, undo, a reload, and the file that leaves it, which is then collected."""
+    press = "const press = key => document.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}));"
+    first = (
+        press
+        + """
+        for (const key of ["1", "2", "0", "u", "2", "x"]) press(key);
+        at("rater").value = "Ann"; at("rater").dispatchEvent(new Event("input"));
+        at("out").textContent = JSON.stringify([at("place").textContent, at("bar").value, document.activeElement.id,
+            at("prompt").textContent, at("a").textContent, getComputedStyle(at("done")).display]);"""
+    )
+    place, bar, focus, prompt, a, done = json.loads(browse(page, first, tmp_path))
+    pairs = read_jsonl(run / "judge" / "contrastive-against-ppo" / "pairs.jsonl")
+    assert (place, bar, focus, done) == ("Pair 4 of 10", 3, "ask", "none")
+    assert (prompt, a) == (pairs[3]["prompt"], pairs[3]["a"])
+    second = (
+        press
+        + """
+        for (let i = 0; i < 9; i++) press("1");  // two more than there are
+        const made = URL.createObjectURL;
+        URL.createObjectURL = blob => { blob.text().then(text => at("out").textContent = text); return made(blob); };
+        save();"""
+    )
+    sent = json.loads(browse(page, second, tmp_path))  # another visit: the first three answers are still there
+    assert sent["rater"] == "Ann" and list(sent["answers"].values()) == ["A", "B", "B", *["A"] * 7]
+    assert list(sent["answers"]) == [pair["id"] for pair in pairs]
+    write_json(tmp_path / "sent.json", sent)
+    assert collect(run, str(tmp_path / "sent.json")) == 0 and "| pairs; unreadable | 10; 0 |" in capsys.readouterr().out
+
+
+def test_the_defaults_are_those_of_the_config():
+    assert J.Endpoint("u", "m").retries == JudgeConfig.judge_retries
