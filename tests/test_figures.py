@@ -14,7 +14,7 @@ from crlhf.reviews import NATURAL_OFFSET
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "figures"
-MODULES = ("natural", "sweep", "dose", "labels", "judged", "rule", "variance", "difficulty", "theorem")
+MODULES = ("natural", "sweep", "dose", "labels", "judged", "judges", "rule", "variance", "difficulty", "theorem")
 REPORTS = {
     **{name: importlib.import_module(f"crlhf.experiments.{name}").report for name in MODULES if name != "theorem"},
     "theorem": importlib.import_module("crlhf.experiments.theorem").theorem_report,

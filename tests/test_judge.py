@@ -4,6 +4,7 @@ import contextlib
 import csv
 import email.utils
 import html
+import importlib
 import json
 import math
 import shutil
@@ -21,6 +22,8 @@ from crlhf.__main__ import main
 from crlhf.config import Config, JudgeConfig, UserError
 from crlhf.engine.files import read_json, read_jsonl, stream, write_json, write_jsonl
 from crlhf.pipeline import people
+
+judges = importlib.import_module("crlhf.experiments.judges")  # whose function has its name
 
 PROMPTS = [f"the plot was dull number {i} ." for i in range(30)]
 
@@ -464,3 +467,31 @@ def test_the_page_in_a_browser(page, run, tmp_path, capsys):
 
 def test_the_defaults_are_those_of_the_config():
     assert J.Endpoint("u", "m").retries == JudgeConfig.judge_retries
+
+
+# ------------------------------------------------------------------------------------- simulated judges
+
+
+def test_pairs_needed_have_the_power_that_was_asked_for():
+    """At a margin of 0.2 without ties, and at one of 0.1 with three pairs in ten tied: four tests in five see it."""
+    draw = stream(0, "power")
+    for margin, ties in ((0.2, 0.0), (0.1, 0.3)):
+        n = round(judges.pairs_needed(margin, ties))
+        u = torch.rand(2000, n, generator=draw, dtype=torch.float64)
+        win = (1 - ties + margin) / 2
+        score = (u < win).double() - (u > win + ties).double()
+        z = score.mean(1) / (score.std(1) / n**0.5)
+        assert (z > 1.96).double().mean().item() == pytest.approx(0.8, abs=0.03)
+
+
+def test_a_simulated_judge_shows_its_fault_and_no_other():
+    def rates(**faults):
+        found = judges.measured(judges.Judge(**faults), 0.0, 20_000, stream(0, "judges"))
+        return {name: rate for name, (rate, _) in found.items()}
+
+    assert all(rate == pytest.approx(0.5, abs=0.02) for rate in rates().values())
+    first = rates(position=1.0)
+    assert first["of always first"] > 0.6 and first["both orders"] == pytest.approx(0.5, abs=0.02)
+    long = rates(length=0.5)
+    assert long["both orders"] > 0.55 and long["at equal length"] == pytest.approx(0.5, abs=0.02)
+    assert rates(praise=0.5)["at equal length"] > 0.55

@@ -19,6 +19,7 @@ from .difficulty import difficulty
 from .dose import dose
 from .hacking import adversary, overoptimisation
 from .judged import judged
+from .judges import judges
 from .labels import labels
 from .natural import natural
 from .pairing import pairing
@@ -29,7 +30,7 @@ from .theorem import theorem
 from .variance import variance
 
 QUESTIONS = (natural, sweep, dose, critic, compare, uncentred, samples, labels, judged, rule)
-QUESTIONS += (variance, difficulty, theorem, adversary, scale, overoptimisation)
+QUESTIONS += (variance, difficulty, theorem, adversary, scale, overoptimisation, judges)
 READERS = (real, pairing)  # of runs that take hours and a pretrained model: no part of `all`
 EXPERIMENTS = {function.__name__: function for function in (*QUESTIONS, *READERS)}
 
