@@ -35,6 +35,10 @@ def run(arguments: list[str]) -> None:
         from .bench.memory import main as show_memory
 
         show_memory(others)
+    elif command == "export":
+        from .bridge.export import main as export
+
+        export(others)
     else:
         stage, redo, config = parse(arguments)
         from .pipeline.pipeline import Pipeline

@@ -171,6 +171,15 @@ class EvalConfig:
     judge: str = knob("auto", "who decides: 'auto' (gold where known, else reward), or as for --reward")
 
 
+@dataclass
+class ExportConfig:
+    """`python -m crlhf export RUN`: what it writes, and for which machine its command is."""
+
+    to: str = knob("", "engine to write for: openrlhf, verl or trl", choices=("openrlhf", "verl", "trl"))
+    out: str = knob("", "new folder that receives the export")
+    gpus: int = knob(8, "GPUs of the machine that the launch command is for", 1, 10_000)
+
+
 # What a pretrained --model gets where the command line says nothing: the defaults above are the tiny model's.
 PRETRAINED = {
     "run": {"sampling_batch_size": 64, "micro_batch_size": 8},

@@ -28,7 +28,7 @@ LAYERS = (
         "judge",
     },  # the concepts
     {"pipeline"},
-    {"bench", "experiments"},
+    {"bench", "experiments", "bridge"},
     {"__main__"},
 )
 
