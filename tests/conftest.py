@@ -21,6 +21,10 @@ from crlhf.policy import response_log_probs
 torch.set_num_threads(1)  # models this small gain nothing from threads, and busy machines lose a lot
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "engines: needs a version of TRL, OpenRLHF or verl that is named in the test")
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return word_tokenizer(reviews.WORDS)
