@@ -121,6 +121,8 @@ class BaselineConfig:
     k: int = knob(4, "offline responses per prompt", 1, 10_000)
     temperature: float = knob(1.0, "sampling temperature", 1e-3, 100)
     top_p: float = knob(1.0, "nucleus sampling: the likeliest tokens of this total probability", 1e-3, 1)
+    prompts: str = knob("met", "those that PPO meets, or all, held-out ones too (with 'baselines': no SFT, no PPO)",
+                        choices=("met", "all"))  # fmt: skip
 
 
 @dataclass

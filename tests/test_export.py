@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -247,9 +248,9 @@ def test_mistakes_are_one_line(runs, tmp_path, capsys, arguments, message):
 def test_runs_that_lack_something_are_refused(runs, tmp_path, capsys):
     out, run = str(tmp_path / "out"), tmp_path / "run"
     options = ["--reward", "gold", "--ppo-critic", "zero_head", "--out", str(run)]
-    assert main(["sft", *TINY, *options]) == 0
+    assert main(["sft", *TINY, "--out", str(run)]) == 0
     assert main(["export", str(run), "--to", "trl", "--out", out]) == 2
-    assert "has no finished stage 'reward': run python -m crlhf baselines" in capsys.readouterr().err
+    assert "has no finished stage 'preferences': run python -m crlhf baselines" in capsys.readouterr().err
     assert main(["baselines", *TINY, *options]) == 0
     assert main(["export", str(run), "--to", "trl", "--out", out]) == 2
     assert "--reward gold is the embedded world's own" in capsys.readouterr().err
@@ -260,6 +261,7 @@ def test_runs_that_lack_something_are_refused(runs, tmp_path, capsys):
     judge.write_text(FUNCTION + "# edited\n")
     assert main(["export", str(tmp_path / "other"), "--to", "trl", "--out", out]) == 2
     assert "not what the baselines were scored with" in capsys.readouterr().err
+    assert main(["baselines", *TINY, "--redo", "--out", str(run)]) == 0
     rows = tmp_path / "run" / "baselines" / "baselines.jsonl"
     rows.write_text(rows.read_text()[:-9])
     assert main(["export", str(run), "--to", "trl", "--out", out]) == 2
@@ -268,6 +270,55 @@ def test_runs_that_lack_something_are_refused(runs, tmp_path, capsys):
     assert main(["export", str(run), "--to", "trl", "--out", out]) == 2
     assert "config.json can't be understood" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_an_export_was_made_from_is_recorded_and_checked(runs, tmp_path, capsys):
+    """A later command that stops before the baselines may have changed what they stand on, or what is said of them."""
+    run = tmp_path / "moved"
+    shutil.copytree(runs / "trained", run)  # a run may have moved
+    assert main(["export", str(run), "--to", "trl", "--out", str(tmp_path / "out")]) == 0
+    made_from = json.loads((tmp_path / "out" / "stage.json").read_text())["settings"]["run"]
+    assert made_from["data"]["name"] == "tiny" and made_from["reward"]["source"] == "train"
+    assert made_from["baselines"]["k"] == 4 and made_from["baselines"]["temperature"] == 1.0
+    config = json.loads((run / "config.json").read_text())
+    config["baselines"]["temperature"] = 0.5
+    (run / "config.json").write_text(json.dumps(config))
+    assert main(["export", str(run), "--to", "trl", "--out", str(tmp_path / "other")]) == 2
+    assert "the stage 'baselines' of" in (error := capsys.readouterr().err) and "doesn't belong" in error
+    assert main(["sft", *TINY, "--sft-lr", "1e-3", "--redo", "--out", str(run)]) == 0
+    assert main(["export", str(run), "--to", "trl", "--out", str(tmp_path / "other")]) == 2
+    assert "the stage 'preferences' of" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------- baselines for a model and a reward from outside
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_baselines_of_prompts_alone_need_neither_sft_nor_ppo(tmp_path, capsys, conversational):
+    prompts = [f"i liked the {a} . i hated the {b} ." for a in ("plot", "cast") for b in ("script", "music", "camera")]
+    rows = [{"prompt": [{"role": "user", "content": prompt}] if conversational else prompt} for prompt in prompts]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "judge.py").write_text(FUNCTION)
+    model, out = model_folder(tmp_path / "model"), tmp_path / "run"
+    command = ["baselines", "--baselines-prompts", "all", "--model", str(model), "--out", str(out), "--device", "cpu"]
+    command += ["--dataset", str(tmp_path / "prompts.jsonl"), "--reward", f"{tmp_path / 'judge.py'}:score"]
+    command += ["--max-prompt-tokens", "32", "--max-response-tokens", "8", "--k", "3", "--temperature", "0.7"]
+    command[command.index("--temperature")] = "--baselines-temperature"
+    assert main(command) == 0
+    found = rows_of(out)
+    said = {f"\n\nHuman: {prompt}\n\nAssistant:" for prompt in prompts} if conversational else set(prompts)
+    assert {row["prompt"] for row in found} == said and all(len(row["rewards"]) == 3 for row in found)
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (model, out / "sft")]
+    assert weights[0] == weights[1]  # the model as it came
+    settings = json.loads((out / "baselines" / "stage.json").read_text())["settings"]
+    assert (settings["k"], settings["temperature"], settings["prompts"]) == (3, 0.7, "all")
+    assert main(command) == 0 and "baselines: done before, reused" in capsys.readouterr().out
+    assert main([*command, "--baselines-temperature", "0.8"]) == 2
+    assert "baselines.temperature was 0.7, is 0.8" in capsys.readouterr().err
+    (tmp_path / "judge.py").write_text(FUNCTION + "# edited\n")
+    assert main(command) == 2 and "judge.py has changed" in capsys.readouterr().err
+    assert main([*command, "--sft-epochs", "1", "--out", str(tmp_path / "other")]) == 2
+    assert "holds prompts alone, nothing to imitate: give --sft-epochs 0" in capsys.readouterr().err
 
 
 def test_a_stopped_export_goes_on(runs, tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ without them.
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -33,20 +34,19 @@ from ..pipeline.options import Parser, check_value, from_dict, validate
 from ..pipeline.output import show
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.rewards import load_function_reward
-from ..pipeline.run import file_stamps, fingerprint
+from ..pipeline.run import file_stamps, fingerprint, make_plan, requirements
 from .engines import ENGINES, Engine
 
 TEMPLATES = Path(__file__).with_name("templates")
-STAGES = ("data", "sft", "reward", "baselines")  # what is read of a run
 
 
 def main(arguments: list[str]) -> None:
     run, options = parse(arguments)
-    pipe = read_run(run)
+    pipe, made_from = read_run(run)
     out = Path(options.out)
     check_out(out)
     settings = {"engine": options.to, "version": ENGINES[options.to].version, "gpus": options.gpus}
-    settings |= {"config": read_json(run / "config.json"), "run": folder.built_with(run / "baselines")}
+    settings |= {"run": made_from, "ppo": asdict(pipe.config.ppo), "contrastive": asdict(pipe.config.contrastive)}
     settings["templates"] = [path.read_text(encoding="utf-8") for path in sorted(TEMPLATES.glob("*.py"))]
     stamp = fingerprint(settings)
     if folder.is_finished(out, stamp):
@@ -82,29 +82,44 @@ def parse(arguments: list[str]) -> tuple[Path, ExportConfig]:
     return run, ExportConfig(**values)
 
 
-def read_run(run: Path) -> Pipeline:
-    """A run from its folder, wherever that lies now, with the stages that are needed finished and whole."""
+def read_run(run: Path) -> tuple[Pipeline, dict]:
+    """A run from its folder, wherever that lies now, and of each stage behind the baselines what it was made from.
+
+    Each has to be finished and whole, made with the settings of the run's config.json, and from the others as they are.
+    """
     if not folder.is_run(run):
         raise UserError(f"{run} is no folder of a run: give the --out of a run of python -m crlhf")
+    again = f"run python -m crlhf baselines --out {run} with the run's other options again"
     try:
         config = from_dict(read_json(run / "config.json"))
         validate(config)
+        plan = make_plan(config)
     except (AttributeError, TypeError) as error:
-        what = f"can't be understood ({error})"
-        raise UserError(f"{run / 'config.json'} {what}: run python -m crlhf baselines --out {run} again") from None
-    config.run.out, config.run.device, config.run.precision, config.run.threads = str(run), "cpu", "fp32", 0
-    for stage in STAGES:
-        built = folder.built_with(run / stage)
-        if "wrote" not in built or not folder.is_finished(run / stage, built["fingerprint"]):
-            mend = f"run python -m crlhf baselines --out {run} with the run's other options"
-            raise UserError(f"{run} has no finished stage '{stage}': {mend}")
-    source = config.reward.source
-    if source == "gold":
+        raise UserError(f"{run / 'config.json'} can't be understood ({error}): {again}") from None
+    if "baselines" not in plan:
+        raise UserError(f"{run} compares responses of a group with each other, and has no baselines to export")
+    if config.reward.source == "gold":
         raise UserError("--reward gold is the embedded world's own: export a run with a trained or a given reward")
-    if file_stamps(source) != folder.built_with(run / "reward")["settings"].get("files", []):
-        what = f"--reward {source} is not there, or not what the baselines were scored with"
-        raise UserError(f"{what}: run python -m crlhf baselines --redo with the run's options")
-    return Pipeline(config)
+    made_from, stamps = {}, {}
+    for name in (name for name in plan if name in requirements(plan, "baselines")):
+        built = folder.built_with(run / name)
+        if "wrote" not in built or not folder.is_finished(run / name, built["fingerprint"]):
+            raise UserError(f"{run} has no finished stage '{name}': {again}")
+        stamps[name] = fingerprint([name, built["settings"], [stamps[need] for need in plan[name].needs]])
+        if stamps[name] != built["fingerprint"] or differ(built["settings"], plan[name].settings):
+            raise UserError(f"the stage '{name}' of {run} doesn't belong to its config.json: {again}, and --redo")
+        made_from[name] = built["settings"]
+    if file_stamps(config.reward.source) != made_from["reward"].get("files", []):
+        what = f"--reward {config.reward.source} is not there, or not what the baselines were scored with"
+        raise UserError(f"{what}: {again}, and --redo")
+    config.run.out, config.run.device, config.run.precision, config.run.threads = str(run), "cpu", "fp32", 0
+    return Pipeline(config), made_from
+
+
+def differ(built: dict, wanted: dict) -> bool:
+    """Are two stages' settings different? The files' places and times aren't compared: a run may have moved."""
+    built, wanted = ({key: value for key, value in it.items() if key != "files"} for it in (built, wanted))
+    return fingerprint(built) != fingerprint(wanted)
 
 
 def check_out(out: Path) -> None:
@@ -221,7 +236,7 @@ def readme(engine: Engine, pipe: Pipeline, rewards: Tensor) -> str:
         f"- `{engine.prompts}`: {len(rewards)} prompts, each with the {c.contrastive.aggregate} of {k} rewards.",
         f"- `reward.py`: r(x, y) - {c.contrastive.coefficient:g} * b(x). `scoring.py`: r(x, y).",
         "- `policy/`: the SFT policy that the baselines were drawn from. Another policy wants baselines of its own.",
-        "- `stage.json`: from what this was made.",
+        "- `stage.json`: the model, the reward and the sampling that this was made with.",
         "",
         f"Checked with {engine.title} {engine.version} on a CPU: that it loads and calls reward.py, and knows the"
         " options in launch.sh. It was run on no cluster: take the sizes in launch.sh as a start.",

@@ -107,7 +107,7 @@ def prompt_order(n_prompts: int, config: PPOConfig, iterations: range, seed: int
 
 def steps_in(n: int, batch_size: int, epochs: float) -> int:
     """Number of gradient steps in `epochs` passes over n rows."""
-    return round(epochs * (n // min(batch_size, n)))
+    return round(epochs * (n // min(batch_size, n))) if n else 0
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float = 0.0) -> float:

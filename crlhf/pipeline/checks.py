@@ -26,7 +26,8 @@ MEMORY_KNOBS = {
 
 def check_run(pipe: Pipeline, tokenizer: Tokenizer, train_prompts: list[str], eval_prompts: list[str]) -> None:
     """Raise UserError for what would stop a later stage."""
-    check_batch(pipe.config, train_prompts)
+    if pipe.config.baselines.prompts == "met":
+        check_batch(pipe.config, train_prompts)
     check_lengths(pipe.config, tokenizer, [*train_prompts, *eval_prompts])
     if pipe.config.model.name != "tiny":
         check_model(pipe, tokenizer)

@@ -141,6 +141,11 @@ def are_preferences(columns: set[str]) -> bool:
     return any(wanted <= columns for wanted in formats)
 
 
+def are_prompts_alone(columns: set[str]) -> bool:
+    """Rows with a prompt and nothing that answers it: enough for baselines, not for SFT."""
+    return "prompt" in columns and not are_preferences(columns) and not {"completion", "chosen", "rejected"} & columns
+
+
 def check_columns(columns: set[str], preferred: str, name: str) -> None:
     """Raise a UserError that names what is missing, if the columns are of no known format."""
     if {"chosen", "rejected"} <= columns or {"info", "summaries", "choice"} <= columns:

@@ -58,10 +58,20 @@ def parse(arguments: list[str]) -> tuple[str, bool, Config]:
     for name, value in values.items():
         group, knob_name = name.split(".")
         setattr(getattr(config, group), knob_name, value)
+    if stage == "baselines" and config.baselines.prompts == "all":
+        leave_training_out(config, set(values))
     validate(config)
     if stage in METHODS and stage not in config.method_list():
         config.run.methods += f",{stage}"
     return stage, redo, config
+
+
+def leave_training_out(config: Config, given: set[str]) -> None:
+    """Baselines for a model and a reward from outside: no SFT and no critic, unless the command line says so."""
+    if config.model.name != "tiny" and "sft.epochs" not in given:
+        config.sft.epochs = 0.0
+    if config.reward.source != "train" and "ppo.critic" not in given:
+        config.ppo.critic = "zero_head"
 
 
 def read_bool(text: str) -> bool:

@@ -58,6 +58,7 @@ def make_plan(c: Config) -> dict[str, Stage]:
     if c.contrastive.source != "group":
         # prompts that PPO never meets need no baselines: these two numbers say which it meets
         served = {"iterations": stages.offline_iterations(c), "prompts": c.ppo.batch_size // c.ppo.group_size}
+        served = {"prompts": "all"} if c.baselines.prompts == "all" else served
         settings = {**sampled, **size, **asdict(c.baselines), **served}
         plan["baselines"] = Stage(stages.build_baselines, settings, ("sft", "reward"))
     for name in c.method_list():
@@ -142,7 +143,7 @@ def run_stage(pipe: Pipeline, name: str, stage: Stage) -> None:
 def check_stale(pipe: Pipeline, plan: dict[str, Stage], redo: bool) -> None:
     """Refuse to redo finished stages that were made with other settings, unless that is wanted."""
     built = {name: folder.built_with(pipe.path(name)) for name in plan}
-    if folder.is_finished(pipe.path("data"), plan["data"].fingerprint):
+    if pipe.config.baselines.prompts == "met" and folder.is_finished(pipe.path("data"), plan["data"].fingerprint):
         check_batch(pipe.config, pipe.prompts("train"))
     stale = [name for name in plan if built[name] and built[name].get("fingerprint") != plan[name].fingerprint]
     for name in stale:

@@ -27,8 +27,8 @@ from ..policy import generate
 from ..ppo import Models, missing_eos, train_ppo
 from ..reward import preference_accuracy, train_reward_model
 from ..sft import train_sft
-from .checks import check_run
-from .data import Corpus, build_corpus
+from .checks import check_batch, check_run
+from .data import Corpus, are_prompts_alone, build_corpus
 from .pipeline import Pipeline
 from .reading import read_rows
 from .report import summarise
@@ -45,9 +45,16 @@ def build_data(pipe: Pipeline, folder: Path) -> str:
         corpus = world_corpus(c)
     else:
         rows = read_rows(c.data.dataset, c.data.split, c.data.max_rows)
+        alone = c.baselines.prompts == "all" and are_prompts_alone(set(rows[0]))
+        if alone:
+            rows = [{**row, "completion": "-"} for row in rows]  # read as demonstrations, which are then forgotten
         tokenizer = tokenizer or bpe_tokenizer(training_texts(rows), c.model.vocab_size)
         held_out = read_rows(c.data.eval_dataset, c.data.split, c.data.max_rows) if c.data.eval_dataset else []
         corpus = build_corpus(rows, c.data.dataset, tokenizer, c.data, c.run.seed, held_out)
+        if alone:
+            corpus.demonstrations = []
+            if c.sft.epochs:
+                raise UserError(f"{c.data.dataset} holds prompts alone, nothing to imitate: give --sft-epochs 0")
         if not corpus.preferences and (c.reward.source == "train" or "dpo" in c.method_list()):
             mend = "give --reward a classifier's name or FILE.py:FUNCTION"
             if "dpo" in c.method_list():
@@ -177,7 +184,10 @@ def normalise(pipe: Pipeline, reward: ModelReward) -> float:
 def build_baselines(pipe: Pipeline, folder: Path) -> str:
     c = pipe.config
     started, prompts = time.monotonic(), pipe.prompts("train")
-    prompts = [prompts[i] for i in prompt_order(len(prompts), c.ppo, range(offline_iterations(c)), c.run.seed)]
+    if c.baselines.prompts == "all":
+        prompts += pipe.prompts("eval")
+    else:
+        prompts = [prompts[i] for i in prompt_order(len(prompts), c.ppo, range(offline_iterations(c)), c.run.seed)]
     policy, reward, job = pipe.model("sft"), pipe.noisy_reward(), pipe.job("baselines", folder)
     tokenizer = pipe.tokenizer()
     rows = sample_baselines(policy, tokenizer, reward, prompts, c.baselines, job)
@@ -206,6 +216,7 @@ def offline_iterations(config: Config) -> int:
 def build_ppo(pipe: Pipeline, folder: Path, name: str) -> str:
     """Plain PPO, or PPO with contrastive rewards, fixed or adaptive."""
     c, policy, tokenizer = pipe.config, pipe.model("sft"), pipe.tokenizer()
+    check_batch(c, pipe.prompts("train"))
     ref_policy, critic = frozen_copy(policy), make_critic(pipe, c.ppo.critic, policy.config.hidden_size)
     if c.ppo.recompute_activations:
         recompute_activations(policy)
