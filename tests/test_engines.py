@@ -72,14 +72,20 @@ def arguments_of(folder, tmp_path):
 
 @needs("trl", "1.16.0")
 def test_trl_runs_the_exported_command(exported, tmp_path):
+    from trl.scripts.grpo import make_parser
+
     folder = exported("trl")
     arguments = arguments_of(folder, tmp_path)
     arguments = arguments[arguments.index("-m") :]
-    small = ["--max_steps", "1", "--use_cpu", "true", "--bf16", "false", "--save_strategy", "no"]
-    command = [sys.executable, *arguments, *small, "--logging_steps", "1"]
+    on_a_cpu = ["--use_cpu", "true", "--bf16", "false"]
+    script, training, *_ = make_parser().parse_args_and_config([*arguments[2:], *on_a_cpu], fail_with_unknown_args=True)
+    assert script.reward_funcs == ["reward.reward"] and training.scale_rewards == "batch" and training.beta == 0.05
+    small = ["--max_steps", "1", "--save_strategy", "no", "--logging_steps", "1"]
+    command = [sys.executable, *arguments, *on_a_cpu, *small]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "rewards/reward/mean" in done.stdout and (folder / "trained" / "model.safetensors").exists()
+    assert "'raw_reward'" in done.stdout and "'rewards/reward/mean'" in done.stdout
+    assert (folder / "trained" / "model.safetensors").exists()
 
 
 def one_step(folder, trainer_class, config_class, tmp_path, contrast, **options):

@@ -121,15 +121,17 @@ def test_trl_gets_a_list_a_column(runs, export, name):
     module, rows = load(folder := export("trl", name)), rows_of(runs / name)
     exported = [json.loads(line) for line in (folder / "prompts" / "train.jsonl").read_text().splitlines()]
     prompts, baselines = [row["prompt"] for row in exported for _ in (0, 1)], [row["baseline"] for row in exported]
-    responses = [response for row in rows for response in row["responses"][:2]]
+    responses, logged = [response for row in rows for response in row["responses"][:2]], {}
     answer = module.reward(
         prompts=prompts,
         completions=responses,
         completion_ids=[[1]] * len(prompts),
         baseline=[b for b in baselines for _ in (0, 1)],
         trainer_state=None,
+        log_metric=lambda name, value: logged.update({name: value}),
     )
     raw = expected(runs / name, prompts, responses).tolist()
+    assert logged["raw_reward"] == pytest.approx(sum(raw) / len(raw), abs=1e-5) and "baseline" in logged
     assert answer == pytest.approx([r - b for r, b in zip(raw, [b for b in baselines for _ in (0, 1)])], abs=1e-5)
 
 

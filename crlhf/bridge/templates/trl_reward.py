@@ -25,6 +25,9 @@ def reward(prompts: list[str], completions: list[str], baseline: list[float], **
             raise ValueError(f"prompt {prompt!r}: plain texts are needed, as in the exported prompts, not messages")
     baselines = [number(b, "baseline", prompt) for b, prompt in zip(baseline, prompts)]
     scores = [number(score, "score", prompt) for score, prompt in zip(scoring.score(prompts, completions), prompts)]
+    if "log_metric" in kwargs:  # TRL's, for its log
+        kwargs["log_metric"]("raw_reward", sum(scores) / len(scores))
+        kwargs["log_metric"]("baseline", sum(baselines) / len(baselines))
     return [score - COEFFICIENT * b for score, b in zip(scores, baselines)]
 
 
