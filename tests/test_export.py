@@ -6,17 +6,23 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import model_folder
 from datasets import load_dataset
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForSequenceClassification
 
 from crlhf.__main__ import main
 from crlhf.bridge import advantages
 from crlhf.bridge.engines import ENGINES
 from crlhf.bridge.export import added_bos, filled
 from crlhf.config import ExportConfig
+from crlhf.engine.models import save, tiny_model
+from crlhf.engine.text import encode_prompt
+from crlhf.engine.tokenizers import bpe_tokenizer
 from crlhf.pipeline.options import from_dict
 from crlhf.pipeline.pipeline import Pipeline
 
@@ -236,7 +242,8 @@ def test_launch_commands_carry_the_numbers_of_the_run(export):
         ("{tmp}/nothing --to verl --out {out}", "nothing is no folder of a run"),
         ("{run}/sft --to verl --out {out}", "sft is no folder of a run"),
         ("{run} --to verl --out {run}", "is not empty: choose a new folder"),
-        ("{run} --to verl --out {run}/config.json", "config.json is a file: choose a new folder"),
+        ("{run} --to verl --out {run}/dpo", "is inside the run: choose a folder outside"),
+        ("{run} --to verl --out {run}/../judge.py", "judge.py is a file: choose a new folder"),
     ],
 )
 def test_mistakes_are_one_line(runs, tmp_path, capsys, arguments, message):
@@ -321,6 +328,75 @@ def test_baselines_of_prompts_alone_need_neither_sft_nor_ppo(tmp_path, capsys, c
     assert main(command) == 2 and "judge.py has changed" in capsys.readouterr().err
     assert main([*command, "--sft-epochs", "1", "--out", str(tmp_path / "other")]) == 2
     assert "holds prompts alone, nothing to imitate: give --sft-epochs 0" in capsys.readouterr().err
+
+
+def test_nobody_elses_folder_is_touched(runs, tmp_path, capsys):
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "notes.txt").write_text("mine")
+    assert main(["export", str(runs / "function"), "--to", "verl", "--out", str(tmp_path / "out")]) == 2
+    assert "out.part, where the export is put together, is not ours" in capsys.readouterr().err
+    assert (tmp_path / "out.part" / "notes.txt").read_text() == "mine" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        (
+            "import helper\n" + FUNCTION,
+            "the exported scoring.py fails with ModuleNotFoundError: No module named 'helper'",
+        ),
+        ("import os\n" + FUNCTION.replace("len(x) / 10", "os.urandom(1)[0]"), "every time"),
+    ],
+)
+def test_rewards_that_do_not_travel_are_refused(tmp_path, capsys, monkeypatch, code, message):
+    (tmp_path / "helper.py").write_text("")
+    (tmp_path / "judge.py").write_text(code)
+    options = ["--reward", f"{tmp_path / 'judge.py'}:score", "--ppo-critic", "zero_head", "--prompt-bias", "0"]
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        assert main(["baselines", *TINY, *options, "--out", str(tmp_path / "run")]) == 0
+        sys.modules.pop("helper", None)
+    if "helper" in code:  # a check of the run's own file passes where the helper is found, and the copy is tried alone
+        monkeypatch.setattr("crlhf.bridge.export.load_function_reward", lambda spec: None)
+    assert main(["export", str(tmp_path / "run"), "--to", "verl", "--out", str(tmp_path / "out")]) == 2
+    assert message in (error := capsys.readouterr().err) and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_byte_level_tokenizers_and_bos(tmp_path, bos):
+    """Engines add no special tokens to a prompt, so that a BOS which the tokenizer adds must stand in the text."""
+    texts = [f"\n\nHuman: caf\u00e9  {i}\tand  more?\n\nAssistant:" for i in range(12)]
+    tokenizer = bpe_tokenizer(texts * 3, 320)
+    if bos:
+        tokenizer.add_special_tokens({"bos_token": "<s>"})
+        pieces = [("<s>", tokenizer.bos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=pieces)
+    ids = tokenizer.eos_token_id, tokenizer.pad_token_id
+    save(tmp_path / "model", tiny_model(len(tokenizer), *ids, 128, 1, 8, 1, 0), tokenizer)
+    config = tiny_model(len(tokenizer), *ids, 128, 1, 8, 1, 0).config
+    config.num_labels = 1
+    save(tmp_path / "judge", AutoModelForSequenceClassification.from_config(config), tokenizer)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    command = ["baselines", "--baselines-prompts", "all", "--model", str(tmp_path / "model"), "--device", "cpu"]
+    command += ["--dataset", str(tmp_path / "prompts.jsonl"), "--reward", str(tmp_path / "judge"), "--k", "2"]
+    limits = ["--max-prompt-tokens", "64", "--max-response-tokens", "8", "--out", str(tmp_path / "run")]
+    assert main([*command, *limits]) == 0
+    for engine in ("openrlhf", "verl"):
+        assert main(["export", str(tmp_path / "run"), "--to", engine, "--out", str(tmp_path / engine)]) == 0
+    module, seen = load(tmp_path / "openrlhf"), 0
+    for line, row in zip((tmp_path / "openrlhf" / "prompts.jsonl").read_text().splitlines(), rows_of(tmp_path / "run")):
+        prompt = json.loads(line)["prompt"]
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert prompt == "<s>" * bos + row["prompt"] and ids == encode_prompt(tokenizer, row["prompt"])
+        for response, reward in zip(row["responses"], row["rewards"]):
+            written = tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            if tokenizer.decode(written[:-1]) != response:
+                continue  # random bytes that are no text
+            query, seen = tokenizer.decode(ids + written), seen + 1
+            answer = module.reward_func([query], [prompt], [0.0])
+            assert answer["scores"].item() == pytest.approx(reward, abs=1e-5)
+    assert seen > 3
 
 
 def test_a_stopped_export_goes_on(runs, tmp_path, monkeypatch, capsys):

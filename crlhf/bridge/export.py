@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 from dataclasses import asdict
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import torch
@@ -33,18 +34,19 @@ from ..pipeline import folder
 from ..pipeline.options import Parser, check_value, from_dict, validate
 from ..pipeline.output import show
 from ..pipeline.pipeline import Pipeline
-from ..pipeline.rewards import load_function_reward
+from ..pipeline.rewards import guarded, load_function_reward
 from ..pipeline.run import file_stamps, fingerprint, make_plan, requirements
 from .engines import ENGINES, Engine
 
 TEMPLATES = Path(__file__).with_name("templates")
+CHECKED = 8  # rows of the baselines whose responses the export scores, to see that it scores as the run did
 
 
 def main(arguments: list[str]) -> None:
     run, options = parse(arguments)
     pipe, made_from = read_run(run)
     out = Path(options.out)
-    check_out(out)
+    check_out(out, run)
     settings = {"engine": options.to, "version": ENGINES[options.to].version, "gpus": options.gpus}
     settings |= {"run": made_from, "ppo": asdict(pipe.config.ppo), "contrastive": asdict(pipe.config.contrastive)}
     settings["templates"] = [path.read_text(encoding="utf-8") for path in sorted(TEMPLATES.glob("*.py"))]
@@ -55,6 +57,8 @@ def main(arguments: list[str]) -> None:
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty: choose a new folder")
     part = out.with_name(out.name + ".part")
+    if part.is_symlink() or (part.exists() and any(part.iterdir()) and not folder.built_with(part)):
+        raise UserError(f"{part}, where the export is put together, is not ours: move it away, or choose another --out")
     with folder.lock(run):
         folder.begin(part, stamp, {key: settings[key] for key in ("engine", "version", "gpus", "run")})
         words = write_export(pipe, part, options)
@@ -122,8 +126,10 @@ def differ(built: dict, wanted: dict) -> bool:
     return fingerprint(built) != fingerprint(wanted)
 
 
-def check_out(out: Path) -> None:
-    """Refuse what can't become a new folder."""
+def check_out(out: Path, run: Path) -> None:
+    """Refuse what can't become a new folder, and a place among the run's stages."""
+    if run.resolve() in out.resolve().parents:
+        raise UserError(f"--out {out} is inside the run: choose a folder outside of {run}")
     if out.is_symlink():
         raise UserError(f"--out {out} is a link: choose a new folder")
     for path in (out, *out.parents):
@@ -161,6 +167,7 @@ def write_export(pipe: Pipeline, out: Path, options: ExportConfig) -> str:
     write_prompts(out / engine.prompts, rows)
     save(out / "policy", load_model(str(pipe.path("sft"))), tokenizer)
     write_scoring(pipe, out)
+    check_scoring(out, pipe.rows("baselines", "baselines")[:CHECKED], rewards)
     values = {"COEFFICIENT": c.contrastive.coefficient}
     if options.to == "openrlhf":
         values |= {"SPECIAL_TOKENS": [token for token in tokenizer.all_special_tokens if token], "BOS": bos}
@@ -217,6 +224,23 @@ def write_scoring(pipe: Pipeline, out: Path) -> None:
     write_atomic(out / "scoring.py", filled("model_scoring", **values))
 
 
+def check_scoring(out: Path, rows: list[dict], rewards: Tensor) -> None:
+    """scoring.py, alone in its new folder, must give the rewards that the baselines of the first rows are made of.
+
+    A tenth of a standard deviation is left to precision: a run on a GPU may have scored in bf16.
+    """
+    path, k, wanted = str(out / "scoring.py"), rewards.shape[1], rewards[: len(rows)].flatten()
+    prompts, responses = [row["prompt"] for row in rows for _ in range(k)], sum([row["responses"] for row in rows], [])
+    with guarded("the exported scoring.py fails with", path, "a reward must work when only its own file is copied"):
+        spec = spec_from_file_location("scoring", path)
+        scoring = module_from_spec(spec)
+        spec.loader.exec_module(scoring)
+        scores = torch.tensor(scoring.score(prompts, responses))
+    if not (scores - wanted).abs().mean() <= 0.1 * rewards.std() + 1e-5:
+        what = f"the exported scoring.py gives {scores[0]:.3g} where the baselines have {wanted[0]:.3g}"
+        raise UserError(f"{what}: a reward must give the same number for the same text every time")
+
+
 def filled(template: str, **values: object) -> str:
     """A template with its constants set: each stands on a line `NAME = value  # comment`."""
     text = (TEMPLATES / f"{template}.py").read_text(encoding="utf-8")
@@ -245,6 +269,8 @@ def readme(engine: Engine, pipe: Pipeline, rewards: Tensor) -> str:
         "",
     ]
     lines += [f"- {line}" for line in engine.watch]
+    if ".py:" not in c.reward.source:
+        lines.append("- Every process that loads `scoring.py` holds a copy of the reward model.")
     if c.ppo.missing_eos_penalty:
         lines.append(f"- The run's --ppo-missing-eos-penalty {c.ppo.missing_eos_penalty:g} is not part of this reward.")
     if c.contrastive.scale != "none":
