@@ -1,11 +1,13 @@
 """Exports in the hands of the engines themselves, where these versions are installed: pytest -m engines.
 
-Each engine wants an environment of its own: TRL 1.16.0; TRL 1.12.0; OpenRLHF 0.11.2 (its own code with ray, without
-deepspeed and vLLM); verl 0.9.1. Everything runs on a CPU, with models of a few thousand random weights.
+Each engine wants an environment of its own: TRL 1.16.0; TRL 1.12.0; OpenRLHF 0.11.2 (without its dependencies, but with
+ray, peft, aiohttp, pylatexenc and what those ask for; deepspeed, vLLM and flash-attn are stood in for); verl 0.9.1.
+Everything runs on a CPU, with models of a few thousand random weights.
 """
 
 import ast
 import asyncio
+import importlib
 import importlib.metadata
 import json
 import os
@@ -132,12 +134,21 @@ def test_in_trl_a_baseline_cancels_but_for_a_batch_scale_or_a_clip(exported, tmp
 # --------------------------------------------------------------------------------------------- OpenRLHF 0.11.2
 
 
+def leave_gpu_libraries_out(patch):
+    """What OpenRLHF's modules import at their heads, and don't need for what is called here."""
+    importlib.import_module("transformers.trainer")  # it looks for the real deepspeed
+    stages = ("deepspeed", "deepspeed.runtime", "deepspeed.runtime.zero", "deepspeed.runtime.zero.partition_parameters")
+    attention = ("flash_attn", "flash_attn.bert_padding", "flash_attn.utils", "flash_attn.utils.distributed")
+    for module in ("vllm", "vllm.inputs", "vllm.utils", *stages, *attention):
+        patch.setitem(sys.modules, module, MagicMock())
+
+
 @needs("openrlhf", "0.11.2")
 def test_openrlhf_loads_and_calls_the_reward(run, exported, monkeypatch):
     """Its executor with a stand-in for vLLM that "generates" a stored response."""
-    for module in ("vllm", "vllm.inputs", "vllm.utils", "deepspeed"):
-        monkeypatch.setitem(sys.modules, module, MagicMock())
-    from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
+    with monkeypatch.context() as patch:
+        leave_gpu_libraries_out(patch)
+        from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
     from openrlhf.utils.agent import SingleTurnAgentExecutor
     from transformers import AutoTokenizer
 
@@ -175,6 +186,42 @@ def test_openrlhf_reads_prompts_and_labels(exported):
     dataset = PromptDataset(blending_datasets(str(folder / "prompts.jsonl"), None, strategy), None, strategy)
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     assert [(prompt, label) for _, prompt, label, _ in dataset] == [(row["prompt"], row["baseline"]) for row in rows]
+
+
+@needs("openrlhf", "0.11.2")
+def test_in_openrlhf_a_baseline_cancels_in_group_methods_or_is_clipped(monkeypatch):
+    """Its own advantages of one batch, with and without a baseline per prompt."""
+    with monkeypatch.context() as patch:
+        leave_gpu_libraries_out(patch)
+        from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+
+    rewards, baseline, _, values = batch(16, 4)
+
+    def advantages_of(name, rewards, clip_range):
+        reward_options = {"clip_range": clip_range, "overlong_buffer_len": None, "stop_properly_penalty_coef": None}
+        advantage = SimpleNamespace(estimator=name, gamma=1.0, lambd=0.95, no_std_norm=False)
+        maker = object.__new__(RemoteExperienceMaker)
+        maker.advantage_estimator, maker.kl_ctl = name, SimpleNamespace(value=0.0)
+        maker.strategy = SimpleNamespace(args=SimpleNamespace(
+            reward=SimpleNamespace(**reward_options), rollout=SimpleNamespace(n_samples_per_prompt=4),
+            algo=SimpleNamespace(advantage=advantage)))  # fmt: skip
+        rows = [
+            SimpleNamespace(rewards=reward[None], index=[i], kl=torch.zeros(1, 5, dtype=torch.float64), info={},
+                            values=values.flatten(0, 1)[i : i + 1], action_mask=torch.ones(1, 5, dtype=torch.float64))
+            for i, reward in enumerate(rewards.flatten())
+        ]  # fmt: skip
+        rows = maker.compute_advantages_and_returns(rows)
+        return torch.cat([row.advantages for row in rows]).view(16, 4, 5)
+
+    for name in ("gae", "reinforce", "flash_reinforce", "rloo", "reinforce_baseline", "group_norm", "dr_grpo"):
+        raw, contrastive = (advantages_of(name, r, (-1e6, 1e6)) for r in (rewards, rewards - baseline[:, None]))
+        cancels = name not in ("gae", "reinforce", "flash_reinforce")
+        assert torch.allclose(raw, contrastive, atol=1e-5) == cancels, name
+    theirs, ours = advantages_of("gae", rewards, (-1e6, 1e6)), advantages.ppo_gae(rewards, values)
+    torch.testing.assert_close(theirs, ours, rtol=5e-3, atol=1e-4)  # its variance divides by n, ours by n - 1
+    far = rewards + 100
+    inside, outside = (advantages_of("reinforce", far, limits).abs().max() for limits in ((-1e6, 1e6), (-10, 10)))
+    assert inside > 1 and outside < 1e-6  # beyond its default clip range nothing is left of a reward
 
 
 @needs("openrlhf", "0.11.2")

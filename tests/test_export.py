@@ -399,6 +399,15 @@ def test_byte_level_tokenizers_and_bos(tmp_path, bos):
     assert seen > 3
 
 
+def test_all_prompts_of_the_world_are_more_than_ppo_may_need(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    command = ["--baselines-prompts", "all", *TINY, "--ppo-batch-size", "64", "--out", out]
+    assert main(["baselines", *command]) == 0
+    assert len(rows_of(tmp_path / "run")) == 12 + 8
+    assert main(["contrastive", *command]) == 2  # PPO says what it needs, when it is asked for
+    assert "12 training prompts, fewer than --ppo-batch-size 64" in capsys.readouterr().err
+
+
 def test_a_stopped_export_goes_on(runs, tmp_path, monkeypatch, capsys):
     out, arguments = tmp_path / "out", ["export", str(runs / "function"), "--to", "verl", "--out"]
 

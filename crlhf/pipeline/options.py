@@ -128,7 +128,8 @@ def contradictions(config: Config) -> Iterator[str]:
     if config.ppo.critic_warmup >= config.ppo.iterations:
         what = f"--ppo-critic-warmup {config.ppo.critic_warmup} leaves the policy none of"
         yield f"{what} --ppo-iterations {config.ppo.iterations}: lower it"
-    if config.data.dataset == "reviews" and config.world.train_prompts < ppo.batch_size // ppo.group_size:
+    few = config.world.train_prompts < ppo.batch_size // ppo.group_size
+    if config.data.dataset == "reviews" and few and config.baselines.prompts == "met":
         what = f"--train-prompts {config.world.train_prompts} is less than {batch}"
         yield f"{what}: lower the batch size or raise the number of prompts"
     if config.model.width % config.model.heads:
