@@ -151,6 +151,18 @@ def test_the_worlds_faults_are_in_neither_reward_nor_baseline(runs, export):
     assert (stored - clean).std() > 0.3 and "--prompt-bias" in (folder / "README.md").read_text()
 
 
+def test_an_export_needs_nothing_of_this_project(export, tmp_path):
+    code = "import importlib.util, sys\n"
+    code += "spec = importlib.util.spec_from_file_location('reward', sys.argv[1])\n"
+    code += "module = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(module)\n"
+    code += "print(module.compute_score('crlhf', 'good .', '', {'prompt': 'i liked the plot .', 'baseline': 0.5}))\n"
+    code += "assert not [name for name in sys.modules if name.startswith('crlhf')]"
+    folder = shutil.move(export("verl"), tmp_path / "elsewhere")  # and it may be moved
+    command = [sys.executable, "-I", "-c", code, str(folder / "reward.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "'baseline': 0.5" in done.stdout, done.stderr
+
+
 def test_a_long_response_is_cut_where_the_run_cuts_it(runs, export):
     score, prompt = load(export("trl")).scoring.score, rows_of(runs / "trained")[0]["prompt"]
     text = "the plot was good . " * 8
