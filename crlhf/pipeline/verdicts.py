@@ -13,6 +13,8 @@ from ..engine.files import write_atomic
 from .output import one_line
 from .plots import finish, plt
 
+OUTCOMES = ("win", "tie", "loss")
+
 
 def report(verdicts: list[dict], c: JudgeConfig) -> str:
     """What each judge says of the policy `of`, and what the verdicts say of the judges."""
@@ -45,14 +47,13 @@ def column_of(read: list[dict], seed: int) -> dict[str, str]:
     """quantity -> text, for one judge."""
     scores = torch.tensor([row["score"] for row in read])
     found = judge.shares(scores)
-    low, high = judge.bootstrap(scores, lambda some: judge.shares(some)["margin"], seed)
     longer = torch.tensor([row["words"] - row["other_words"] for row in read], dtype=torch.float64)
     equal, gamma = judge.length_controlled(scores, longer)
     firsts, choices = (sum(row[key] for row in read) for key in ("firsts", "choices"))
     flips = [row["flipped"] for row in read if row["flipped"] is not None]
     column = {
-        "win / tie / loss": as_shares(found),
-        "wins minus losses, points": f"{100 * found['margin']:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]",
+        "win / tie / loss": " / ".join(f"{found[name]:.0%} {inside(scores, name, seed)}" for name in OUTCOMES),
+        "wins minus losses, points": f"{100 * found['margin']:+.0f} {inside(scores, 'margin', seed)}",
         "win rate; at equal length": f"{found['win_rate']:.1%}; {equal:.1%} (gamma {gamma:+.2f})",
         "verdicts that flip with the order": f"{sum(flips) / len(flips):.0%}" if flips else "",
         "choices that fell on the first position": f"{firsts / choices:.0%} of {choices}" if choices else "",
@@ -68,8 +69,14 @@ def column_of(read: list[dict], seed: int) -> dict[str, str]:
     return column
 
 
+def inside(scores: torch.Tensor, name: str, seed: int) -> str:
+    """'[39, 57]': the interval of a share or of the margin, in points."""
+    low, high = judge.bootstrap(scores, lambda some: judge.shares(some)[name], seed)
+    return f"[{100 * low:.0f}, {100 * high:.0f}]"
+
+
 def as_shares(found: dict[str, float]) -> str:
-    return " / ".join(f"{found[name]:.0%}" for name in ("win", "tie", "loss"))
+    return " / ".join(f"{found[name]:.0%}" for name in OUTCOMES)
 
 
 def by_gold(gaps: torch.Tensor) -> torch.Tensor:
