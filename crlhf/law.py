@@ -10,6 +10,9 @@ A baseline of k responses removes the first part and adds noise of its own. With
 
 For c = 1 that is (1 - rho) (1 + 1/k): contrast pays once rho > 1 / (k + 1). The best share is
 c* = between / (between + within / k), the shrinkage factor of James and Stein, and then the ratio is 1 - rho c*.
+
+Later the baselines are stale. If today's mean of a prompt is `slope` times what it was under SFT, the first term is
+rho (slope - c)^2, Var(r) has rho slope^2, c* is slope times as large, and below a slope of 1/2 no k makes c = 1 pay.
 """
 
 import torch
@@ -30,14 +33,19 @@ def variance_parts(rewards: Tensor) -> tuple[float, float]:
     return between.item(), within.item()
 
 
-def variance_ratio(rho: float, k: int, c: float = 1.0) -> float:
-    """Var(r - c b) / Var(r) with k baseline responses from the policy itself, as the module says."""
-    return rho * (1 - c) ** 2 + (1 - rho) * (1 + c**2 / k)
+def variance_ratio(rho: float, k: int, c: float = 1.0, slope: float = 1.0) -> float:
+    """Var(r - c b) / Var(r) with k baseline responses of the SFT policy, as the module says."""
+    return (rho * (slope - c) ** 2 + (1 - rho) * (1 + c**2 / k)) / (rho * slope**2 + 1 - rho)
 
 
-def best_share(rho: float, k: int) -> float:
-    """c* at the start: between / (between + within / k), in [0, 1]."""
-    return max(rho, 0.0) / (rho + (1 - rho) / k) if rho > 0 else 0.0
+def best_share(rho: float, k: int, slope: float = 1.0) -> float:
+    """c*: slope between / (between + within / k); at the start in [0, 1]."""
+    return slope * rho / (rho + (1 - rho) / k) if rho > 0 else 0.0
+
+
+def break_even(rho: float, slope: float = 1.0) -> float:
+    """The k above which c = 1 lowers the variance; infinite where none does."""
+    return (1 - rho) / (rho * (2 * slope - 1)) if rho > 0 and slope > 0.5 else float("inf")
 
 
 def measured_law(rewards: Tensor) -> dict[str, float]:

@@ -1,7 +1,10 @@
 """Shared pieces: a tiny policy with the embedded world's tokenizer, and a reader of reference values."""
 
+import html
 import json
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -123,3 +126,16 @@ def model_folder(folder, vocab_size=None, context=128, eos="<eos>", pad="<pad>",
         model = AutoModelForSequenceClassification.from_config(model.config)
     model.save_pretrained(folder)
     return folder
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def browse(page, script, profile):
+    """What a headless browser makes of the page after a script of ours: the text that the script leaves in #out."""
+    file = profile / "page.html"
+    file.write_text(page.replace("</body>", f'<pre id="out"></pre><script>{script}</script></body>'), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom"]
+    command = [CHROMIUM, *options, f"--user-data-dir={profile / 'profile'}", file.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    return html.unescape(dom.split('<pre id="out">')[1].split("</pre>")[0])

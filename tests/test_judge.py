@@ -3,13 +3,10 @@
 import contextlib
 import csv
 import email.utils
-import html
 import importlib
 import json
 import math
 import re
-import shutil
-import subprocess
 import threading
 import time
 from dataclasses import asdict
@@ -17,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from conftest import CHROMIUM, browse
 
 from crlhf import judge as J
 from crlhf.__main__ import main
@@ -421,19 +419,6 @@ def test_a_rater_counts_once_and_other_files_are_refused(page, run, capsys):
     (run.parent / "broken.json").write_text("{")
     assert collect(run, str(run.parent / "broken.json")) == 2 and "not valid JSON" in capsys.readouterr().err
     assert collect(run, "missing.json") == 2 and "missing.json does not exist" in capsys.readouterr().err
-
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-def browse(page, script, profile):
-    """What a headless browser makes of the page after a script of ours: the text that the script leaves in #out."""
-    file = profile / "page.html"
-    file.write_text(page.replace("</body>", f'<pre id="out"></pre><script>{script}</script></body>'), encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom"]
-    command = [CHROMIUM, *options, f"--user-data-dir={profile / 'profile'}", file.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    return html.unescape(dom.split('<pre id="out">')[1].split("</pre>")[0])
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

@@ -1,9 +1,11 @@
 """The law of contrast against simulation, and its standard errors against the spread over repetitions."""
 
+import json
 import math
 
 import pytest
 import torch
+from conftest import CHROMIUM, ROOT, browse
 
 from crlhf import law
 from crlhf.engine.files import stream
@@ -38,6 +40,64 @@ def test_the_best_share_is_the_one_of_least_variance(k):
     assert law.variance_ratio(rho, k, best) == pytest.approx(1 - rho * best)
     assert law.variance_ratio(1 / (k + 1), k) == pytest.approx(1.0)  # break-even
     assert law.best_share(0.0, k) == 0.0 and law.best_share(-0.1, k) == 0.0 and law.best_share(1.0, k) == 1.0
+
+
+@pytest.mark.parametrize("slope", [0.3, 0.8])
+def test_a_stale_baseline_has_the_ratio_of_simulated_rewards(slope):
+    """Today's mean of a prompt is `slope` times what its baselines were drawn around."""
+    rho, k, draw = 0.4, 4, stream(0, "stale")
+    level = rho**0.5 * torch.randn(400_000, 1, generator=draw)
+    r = slope * level + (1 - rho) ** 0.5 * torch.randn(400_000, 1, generator=draw)
+    b = (level + (1 - rho) ** 0.5 * torch.randn(400_000, k, generator=draw)).mean(1, keepdim=True)
+    for c in (1.0, law.best_share(rho, k, slope)):
+        assert law.variance_ratio(rho, k, c, slope) == pytest.approx(((r - c * b).var() / r.var()).item(), rel=0.02)
+    best = law.best_share(rho, k, slope)
+    assert all(
+        law.variance_ratio(rho, k, best, slope) < law.variance_ratio(rho, k, best + d, slope) for d in (-0.1, 0.1)
+    )
+
+
+def test_no_number_of_samples_helps_below_a_slope_of_one_half():
+    assert law.break_even(0.2) == pytest.approx(4.0)  # the rho at which k = 4 breaks even is 1/5
+    for rho, slope in ((0.4, 0.8), (0.1, 0.6)):
+        assert law.variance_ratio(rho, law.break_even(rho, slope), 1.0, slope) == pytest.approx(1.0)
+    assert math.isinf(law.break_even(0.4, 0.5)) and math.isinf(law.break_even(0.0))
+    assert law.variance_ratio(0.4, 10**9, 1.0, 0.49) > 1
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_page_to_play_with_has_the_laws_numbers(tmp_path):
+    page = (ROOT / "tutorials" / "law.html").read_text(encoding="utf-8")
+    script = """
+        const set = (name, value) => {
+            at(name).value = value;
+            at(name).dispatchEvent(new Event("input", {bubbles: true}));
+        };
+        const cases = [];
+        for (let i = 0; i < 50; i++) {
+            for (const name of KNOBS) {
+                const {min, max, step} = at(name);
+                set(name, Number(min) + Number(step) * Math.floor(Math.random() * (1 + (max - min) / step)));
+            }
+            const v = Object.fromEntries(KNOBS.map(name => [name, Number(at(name).value)]));
+            const shown = Object.fromEntries(["ratio", "even", "advice"].map(id => [id, at(id).textContent]));
+            cases.push([v, facts(v), shown, document.querySelectorAll("circle").length]);
+        }
+        at("out").textContent = JSON.stringify(cases);"""
+    cases = json.loads(browse(page, script, tmp_path))
+    assert len(cases) == 50
+    for v, facts, shown, dots in cases:
+        rho, k, c, slope = v["between"] / (v["between"] + v["within"]), v["k"], v["c"], v["slope"]
+        even = law.break_even(rho, slope)
+        assert facts["rho"] == pytest.approx(rho) and facts["best"] == pytest.approx(law.best_share(rho, k, slope))
+        assert facts["ratio"] == pytest.approx(law.variance_ratio(rho, k, c, slope)) and dots == 300
+        assert facts["even"] == (None if math.isinf(even) else pytest.approx(even))  # JSON has no infinity
+        assert facts["left"] == pytest.approx((rho - v["explained"]) / (1 - v["explained"]))
+        assert facts["advice"] == law.advice(rho, 0.0, k) and shown["advice"].startswith(facts["advice"])
+        assert float(shown["ratio"]) == pytest.approx(facts["ratio"], abs=0.006)
+        assert (
+            shown["even"] == ("no k" if math.isinf(even) else f"{even:.1f}") or abs(float(shown["even"]) - even) < 0.06
+        )
 
 
 def test_standard_errors_are_the_spread_over_repetitions():
