@@ -82,9 +82,11 @@ def scale(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:4]) -> str:
     prepare_bases(root, seeds, [{}])
     variants = {}
     for factor in REWARD_SCALES:
-        base = "" if factor == 1 else scaled_name(factor)
-        for seed in seeds if base else ():
-            scaled_base(root / f"seed{seed}", factor)
+        base = ""
+        if factor != 1:
+            base = scaled_name(factor)
+            for seed in seeds:
+                scaled_base(root / f"seed{seed}", factor)
         for label, way in WAYS.items():
             if factor == 1 or label != "contrastive, magnitude":  # which keeps the raw reward's scale
                 settings = {**way.settings, "ppo.iterations": default("ppo.iterations") // 2}

@@ -173,7 +173,8 @@ def endpoint_of(c: JudgeConfig) -> Endpoint:
 def read_answers(path: Path) -> dict[str, dict]:
     """name of a question -> {name, answer, tokens}. A line that a kill cut in two is asked again."""
     found = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):
         try:
             row = json.loads(line)
             found[row["name"]] = {"answer": str(row["answer"]), "tokens": int(row["tokens"])}
