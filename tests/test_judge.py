@@ -325,7 +325,7 @@ def test_a_folder_that_is_no_run_and_files_without_out(tmp_path, capsys):
 
 def test_two_files_are_compared_in_a_folder_of_their_own(tmp_path, server, capsys):
     for name in ("good", "bad"):
-        write_jsonl(tmp_path / f"{name}.jsonl", side(name))
+        write_jsonl(tmp_path / f"{name}.jsonl", side(name, lambda i: "precious"))  # no number: not taken for the truth
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     files = ["--of", str(tmp_path / "good.jsonl"), "--against", str(tmp_path / "bad.jsonl")]

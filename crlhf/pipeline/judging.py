@@ -89,7 +89,8 @@ def facts_of(keys: list[dict], rows: list[dict], others: list[dict]) -> dict[str
     found = {}
     for key in keys:
         row, other = rows[key["row"]], others[key["row"]]
-        gap = row["gold"] - other["gold"] if "gold" in row and "gold" in other else None
+        golds = row.get("gold"), other.get("gold")
+        gap = golds[0] - golds[1] if all(isinstance(gold, int | float) for gold in golds) else None
         lengths = {"words": len(row["response"].split()), "other_words": len(other["response"].split())}
         found[key["id"]] = {"of_is_a": key["a"] == "of", **lengths, "gold_gap": gap}
     return found
