@@ -16,6 +16,10 @@ from tutorials import run
 PAGES = run.find_page("all")
 
 
+def test_a_page_is_found_by_its_number_with_and_without_zeros():
+    assert [run.find_page(number)[0].stem for number in ("0", "00", "3", "03")] == ["00_whole"] * 2 + ["03_ppo"] * 2
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_prints_what_it_shows(page):
     for block in run.execute(page, show=None):
@@ -46,8 +50,8 @@ def test_notebook_holds_the_page(page):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["77"], "there is no page '77': choose from 1, 2"),
-        (["1", "x"], "there is no page 'x': choose from 1, 2"),
+        (["77"], "there is no page '77': choose from 0, 1"),
+        (["1", "x"], "there is no page 'x': choose from 0, 1"),
         ([], "the following arguments are required: page"),
         (["1", "--fast"], "unrecognized arguments: --fast"),
     ],

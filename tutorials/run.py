@@ -53,7 +53,7 @@ def find_page(number):
     pages = {str(int(page.name[:2])): page for page in sorted(FOLDER.glob("[0-9][0-9]_*.md"))}
     if number == "all":
         return list(pages.values())
-    name = number.lstrip("0")
+    name = number.lstrip("0") or "0"
     if name not in pages:
         raise UserError(f"there is no page '{number}': choose from {', '.join(pages)}, all")
     return [pages[name]]
