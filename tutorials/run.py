@@ -3,12 +3,13 @@
     python tutorials/run.py 5                run page 5 and watch its output
     python tutorials/run.py 5 --solutions    ... and the folded solutions of its exercises
     python tutorials/run.py 5 --refresh      ... and write outputs and figures into the page
-    python tutorials/run.py 5 --notebook     write tutorials/05_....ipynb for Jupyter or Colab
+    python tutorials/run.py 5 --notebook     write tutorials/notebooks/05_....ipynb for Jupyter or Colab
     python tutorials/run.py all              every page
+    python tutorials/run.py check FILE       check your copy of build.py or broken.py (page 18)
 
-A page is Markdown. A ```python block is run, and a ```text block right after it holds what it printed.
-A ```python skip block is only shown. Blocks inside <details> are solutions. Pages run in the root of the repository,
-wherever this file is called from.
+A page is Markdown. A ```python block is run, and the ```text block after it holds what it printed; where the reader is
+to guess first, that block is folded (<details>). A ```python skip block is only shown. Python blocks inside <details>
+are solutions. Pages run in the root of the repository, wherever this file is called from.
 """
 
 import argparse
@@ -38,7 +39,7 @@ QUOTE = re.compile(r"«[^»]*»")  # text that a policy wrote: it may differ bet
 
 @dataclass
 class Block:
-    """A Python block of a page. Line numbers count from 0; `output` is the ```text block after it, or None."""
+    """A Python block of a page. Line numbers count from 0; `output` is the ```text block that comes next, or None."""
 
     code: str
     start: int  # line of the opening fence
@@ -84,9 +85,7 @@ def parse(text):
         closed = sum(line.startswith("</details") for line in lines[:first])
         output = None
         if number + 1 < len(found) and found[number + 1][0] == "text":
-            start, end = found[number + 1][1:]
-            if not any(line.strip() for line in lines[last + 1 : start]):
-                output = (start, end)
+            output = found[number + 1][1:]
         blocks.append(Block("\n".join(lines[first + 1 : last]), first, last, opened > closed, output))
     return blocks
 
@@ -137,26 +136,27 @@ def written(page, block):
 
 
 def refresh(page, blocks):
-    """Write what the blocks printed into the page."""
+    """Write what the blocks printed into the page: into the output that stands there, else right after the block."""
     lines = page.read_text(encoding="utf-8").splitlines()
     for block in reversed(blocks):
-        after = block.output[1] if block.output else block.end
         printed = [line.rstrip() for line in block.printed.splitlines()]
-        lines[block.end + 1 : after + 1] = ["", "```text", *printed, "```"] if printed else []
+        if block.output:
+            first, last = block.output
+            lines[first : last + 1] = ["```text", *printed, "```"] if printed else []
+        elif printed:
+            lines[block.end + 1 : block.end + 1] = ["", "```text", *printed, "```"]
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-SETUP = """# Install the project (in a checkout of it there is nothing to fetch).
-REPOSITORY = {repository!r}  # the address that `git clone` takes
+SETUP = """# Run this cell first. In a checkout of the project it finds it; elsewhere it fetches it.
+REPOSITORY = {repository!r}  #@param {{type:"string"}}
 import importlib.metadata, os, subprocess, sys
-if not os.path.isdir("crlhf") and os.path.isdir("../crlhf"):
-    os.chdir("..")
-if not os.path.isdir("crlhf"):
-    if not REPOSITORY:
-        raise SystemExit("set REPOSITORY above to this project's address, or open the notebook inside a checkout")
-    if not os.path.isdir("crlhf-checkout"):
-        subprocess.check_call(["git", "clone", "--depth", "1", REPOSITORY, "crlhf-checkout"])
-    os.chdir("crlhf-checkout")
+here = [folder for folder in (".", "..", "../..", "crlhf-checkout") if os.path.isdir(os.path.join(folder, "crlhf"))]
+if not here and not REPOSITORY:
+    raise SystemExit("set REPOSITORY above to what git clone takes, or open this notebook inside a checkout")
+if not here:
+    subprocess.check_call(["git", "clone", "--depth", "1", REPOSITORY, "crlhf-checkout"])
+os.chdir(here[0] if here else "crlhf-checkout")
 wanted = [line.split("#")[0].strip() for line in open("requirements.txt") if line.split("#")[0].strip()]
 there = {{d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}}
 missing = [line for line in wanted if line.split("==")[0] not in there]
@@ -166,37 +166,44 @@ if missing or int(there["transformers"].split(".")[0]) < 5:
 sys.path.insert(0, os.getcwd())
 %matplotlib inline"""
 
+DRAWN = re.compile(r"!\[[^\]]*\]\(\.\./figures/tutorial_\w+\.png\)")  # a picture that the page's code draws
+SHOWN = re.compile(r"!\[[^\]]*\]\(\.\./(figures/\w+\.png)\)")  # one that an experiment drew
+FENCE = re.compile(r"```text\n.*?\n```\n?", re.DOTALL)
+
 
 def notebook(page):
-    """The page as a notebook: Markdown and code cells, with the page's outputs."""
+    """The page as a notebook without outputs: what the reader is to guess isn't there until the cell was run."""
     text = page.read_text(encoding="utf-8")
     lines, cells, at = text.splitlines(), [], 0
 
     def add(kind, source, **more):
         if source.strip():
-            cells.append(
-                {
-                    "cell_type": kind,
-                    "id": f"cell-{len(cells)}",
-                    "metadata": {},
-                    **more,
-                    "source": source.strip("\n").splitlines(keepends=True),
-                }
-            )
+            lines = source.strip("\n").splitlines(keepends=True)
+            cells.append({"cell_type": kind, "id": f"cell-{len(cells)}", "metadata": {}, **more, "source": lines})
+
+    def code(source, hidden=False):
+        hide = {"jupyter": {"source_hidden": True}, "cellView": "form"} if hidden else {}
+        add("code", source, execution_count=None, outputs=[], metadata=hide)
 
     def prose(part):
-        """Markdown without the pictures that the code draws and without folds, which can't span cells."""
-        kept = [line for line in part if not re.match(r"!\[|</?details", line)]
-        add("markdown", re.sub(r"<summary>(.*)</summary>", r"**\1**", "\n".join(kept)))
+        """The Markdown between two blocks. Pictures of experiments become cells: Colab has no files to link to."""
+        part = DRAWN.sub("", part)
+        for file in SHOWN.findall(part):
+            code(f'from IPython.display import Image, display\ndisplay(Image("{file}", width=800))', hidden=True)
+        part = SHOWN.sub("", part)
+        part = re.sub(r"\]\((\d\d_\w+)\.md", r"](\1.ipynb", part)
+        part = re.sub(r"\]\((?!\d\d_|https?:|#)", "](../", part)
+        if part.count("<details>") != part.count("</details>"):  # a fold can't span cells
+            part = re.sub(r"</?details>", "", part)
+            part = re.sub(r"<summary>(.*)</summary>", r"**\1**", part)
+        add("markdown", re.sub(r"\n{3,}", "\n\n", part))
 
-    add("code", SETUP.format(repository=REPOSITORY), execution_count=None, outputs=[])
+    code(SETUP.format(repository=REPOSITORY))
     for block in parse(text):
-        prose(lines[at : block.start])
-        stdout = {"name": "stdout", "output_type": "stream", "text": (written(page, block) + "\n").splitlines(True)}
-        hidden = {"jupyter": {"source_hidden": True}, "cellView": "form"} if block.solution else {}
-        add("code", block.code, execution_count=None, outputs=[stdout] if block.output else [], metadata=hidden)
-        at = (block.output[1] if block.output else block.end) + 1
-    prose(lines[at:])
+        prose(FENCE.sub("", "\n".join(lines[at : block.start])))
+        code(block.code, hidden=block.solution)
+        at = block.end + 1
+    prose(FENCE.sub("", "\n".join(lines[at:])))
     kernel = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -204,11 +211,17 @@ def notebook(page):
     return {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
 
 
+def write_notebook(page):
+    """tutorials/notebooks/NAME.ipynb, and its path."""
+    target = page.parent / "notebooks" / f"{page.stem}.ipynb"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(notebook(page), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return target
+
+
 def run_page(page, options):
     if options.notebook:
-        target = page.with_suffix(".ipynb")
-        target.write_text(json.dumps(notebook(page), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"wrote {target.relative_to(ROOT)}")
+        print(f"wrote {write_notebook(page).relative_to(ROOT)}")
         return
     started = time.perf_counter()
     if options.refresh:
@@ -217,6 +230,7 @@ def run_page(page, options):
     blocks = execute(page, solutions=options.solutions or options.refresh)
     if options.refresh:
         refresh(page, blocks)
+        write_notebook(page)
     print(f"{page.name}: {len(blocks)} blocks in {time.perf_counter() - started:.0f} s")
 
 
@@ -229,12 +243,17 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments=None):
     """Run what the command line asks for, and return its exit code. What a user can mend is said in one line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser(prog="python tutorials/run.py", description="Run tutorial pages.")
     parser.add_argument("page", nargs="+", help="number of a page, or all")
     parser.add_argument("--solutions", action="store_true", help="also run the folded solutions")
     parser.add_argument("--refresh", action="store_true", help="write outputs and figures into the page")
     parser.add_argument("--notebook", action="store_true", help="write a notebook instead of running")
     try:
+        if arguments[:1] == ["check"]:
+            from tutorials import check  # here, because it imports torch
+
+            return check.main(arguments[1:])
         options = parser.parse_args(arguments)
         pages = [page for number in options.page for page in find_page(number)]  # a wrong number stops it here
         for page in pages:

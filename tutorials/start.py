@@ -1,4 +1,4 @@
-"""What all pages share: one small run that they start from, and a place for their figures.
+"""What the pages share: one small run that they start from, and a few lines that many of them need.
 
 The run is the project's own pipeline with small settings, in runs/tutorial: an SFT policy, preferences, a reward
 model, offline baselines, and three PPO policies. The first page that needs it makes it (about a minute and a half
@@ -7,17 +7,30 @@ on 2 CPU cores); after that it is reused. Delete the folder to make it again.
 
 import os
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from torch import Tensor
 
-from crlhf.config import Config, RunConfig, WorldConfig
+from crlhf import ppo, reviews
+from crlhf.config import Config, ContrastiveConfig, PPOConfig, RunConfig, WorldConfig
+from crlhf.contrastive import ContrastiveReward
+from crlhf.engine.files import stream
+from crlhf.engine.models import frozen_copy
+from crlhf.engine.text import Reward
+from crlhf.engine.training import Job
+from crlhf.experiments.tables import difference, plus_minus, read_rows, values
 from crlhf.pipeline.pipeline import Pipeline
 from crlhf.pipeline.run import run_to
+from crlhf.policy import generate
 
 torch.set_num_threads(1)  # models this small gain nothing from more
+RESPONSE_TOKENS = 24
+
+# ------------------------------------------------------------------------------------------ the shared run
 
 
 def tutorial_config(out="runs/tutorial"):
@@ -52,3 +65,74 @@ def show(figure, name):
 
         display(figure)
     plt.close(figure)
+
+
+# --------------------------------------------------------------------------- responses, rewards, short training
+
+
+def write(policy, prompts, name, k=1, temperature=1.0, top_p=1.0) -> list[str]:
+    """k responses to each prompt, those of one prompt in a row. `name` names the random numbers."""
+    draw = stream(0, "tutorial", name)
+    return generate(policy, tutorial_run().tokenizer(), prompts, RESPONSE_TOKENS, temperature, top_p, draw, k)[0]
+
+
+def repeated(prompts: list[str], k: int) -> list[str]:
+    """Every prompt k times in a row, as `write` orders its responses."""
+    return [x for x in prompts for _ in range(k)]
+
+
+def score(reward: Reward, prompts: list[str], texts: list[str]) -> Tensor:
+    """Rewards of k responses to each prompt. -> (N, k)"""
+    k = len(texts) // len(prompts)
+    return reward(repeated(prompts, k), texts).view(-1, k)
+
+
+def short_ppo(reward, baselines=None, scale="none", gold=None, **changes):
+    """Ten iterations of PPO from the SFT policy, without a critic, to be quick. -> (policy, its metrics)
+
+    baselines: {prompt: (k,) rewards} makes it contrastive. changes: settings of PPOConfig.
+    """
+    run = tutorial_run()
+    policy = run.model("sft")
+    models = ppo.Models(policy, frozen_copy(policy), None, run.tokenizer())
+    contrastive = ContrastiveReward(baselines, ContrastiveConfig(scale=scale)) if baselines else None
+    config = PPOConfig(**{"iterations": 10, "lr": 2e-3, "critic": "none"} | changes)
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job("ppo", folder, max_response_tokens=RESPONSE_TOKENS)
+        log = ppo.train_ppo(models, reward, run.prompts("train"), config, job, contrastive, gold)
+    return policy, log
+
+
+def measure(rollout: ppo.Rollout) -> dict:
+    """What a rollout looks like: gold, KL, length, the share that ended, the size of the critic's values, a sample."""
+    mask = rollout.batch.response_mask
+    return {
+        "gold": reviews.gold_reward(rollout.prompts, rollout.responses).mean().item(),
+        "KL": ((rollout.log_probs - rollout.ref_log_probs) * mask).sum(1).mean().item(),
+        "length": mask.sum(1).float().mean().item(),
+        "ended": rollout.has_ended.float().mean().item(),
+        "value": rollout.values[mask].abs().mean().item(),
+        "sample": rollout.responses[0],
+    }
+
+
+# ------------------------------------------------------------------------------ results of experiments, by seed
+
+
+def experiment(name: str) -> list[dict]:
+    """The rows that `python -m crlhf experiment NAME` wrote."""
+    return read_rows(Path("figures") / f"{name}.csv")
+
+
+def gain(rows, setting, method, key="mean_gold", reference="ppo") -> str:
+    """A method minus plain PPO, paired by seed, with the 95% interval: '+0.060 ± 0.028'.
+
+    mean_gold is the true reward over the whole run, gold that of held-out prompts at its end. What cancels a constant
+    was run without one only: its row stands in the setting "sd 0".
+    """
+    own = setting if values(rows, setting, method, key) else "sd 0"
+    return plus_minus(difference(rows, own, method, reference, key, setting), 3, "+")
+
+
+def mean(values) -> float:
+    return sum(values) / len(values)
