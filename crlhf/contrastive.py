@@ -1,15 +1,15 @@
 """Step 2 of contrastive rewards: compare with the baseline instead of trusting the score (arXiv 2403.07708).
 
-    r_CR(x, y) = lambda * (r(x, y) - c * b(x)),   b(x) = mean of r(x, y_j) over the k offline responses y_j
+    r_CR(x, y) = alpha * (r(x, y) - c * b(x)),   b(x) = mean of r(x, y_j) over the k offline responses y_j
 
-The paper's method is c = 1. It removes whatever is common to a prompt and rewards improvement over the SFT
-policy. Since b depends on x alone, the expected policy gradient is the same as with r: what changes is its
-variance, and everything in PPO that is not shift-invariant (a critic that lags, whitening over prompts,
-clipping, the size of the reward beside the KL price).
+The paper's method is c = 1; alpha is its dynamic scale, there lambda. It removes whatever is common to a prompt and
+rewards improvement over the SFT policy. Since b depends on x alone, the expected policy gradient is the same as with r:
+what changes is its variance, and everything in PPO that is not shift-invariant (a critic that lags, whitening over
+prompts, clipping, the size of the reward beside the KL price).
 
 c = 1 is not always the best share. Among r - c * b the variance is least at
 
-    c* = Cov(r, b) / Var(b),   and is then (1 - rho^2) Var(r),
+    c* = Cov(r, b) / Var(b),   and is then (1 - corr(r, b)^2) Var(r),
 
 near 1 while the baseline explains the reward, near 0 once it is stale. 'adaptive' follows c* as PPO goes on.
 
@@ -63,10 +63,10 @@ def best_coefficient(mean_r: float, mean_b: float, mean_rb: float, mean_bb: floa
 
 
 def magnitude_scale(mean_abs_raw: float, mean_abs_contrastive: float) -> float:
-    """lambda = E|r| / E|r - c b|, which gives the contrastive reward the raw reward's typical size.
+    """alpha = E|r| / E|r - c b|, which gives the contrastive reward the raw reward's typical size.
 
     The paper scales by a ratio of running means of both rewards; its exact formula wasn't available to us, and this is
-    our reading. A raw reward with a large constant offset makes lambda large for no good reason.
+    our reading. A raw reward with a large constant offset makes alpha large for no good reason.
     """
     return mean_abs_raw / mean_abs_contrastive if mean_abs_contrastive > 1e-8 else 1.0
 

@@ -60,15 +60,15 @@ def test_variance_law(k):
 
 
 def test_noise_theorem_for_binary_rewards():
-    """E[r~ - r~_base | x] = (1 - c0 - c1) E[r - r_base | x]: noise shrinks the contrast and leaves no offset."""
+    """E[r~ - r~_base | x] = (1 - e0 - e1) E[r - r_base | x]: noise shrinks the contrast and leaves no offset."""
     n, g = 400_000, stream(0, "noise")
-    for c0, c1 in ((0.0, 0.0), (0.3, 0.1), (0.2, 0.6), (0.5, 0.5)):
+    for e0, e1 in ((0.0, 0.0), (0.3, 0.1), (0.2, 0.6), (0.5, 0.5)):
         noisy = []
         for share in (0.8, 0.3):
             r = (torch.rand(n, generator=g) < share).float()
-            flips = torch.rand(n, generator=g) < c1 * r + c0 * (1 - r)
+            flips = torch.rand(n, generator=g) < e1 * r + e0 * (1 - r)
             noisy.append(torch.where(flips, 1 - r, r))
-        assert (noisy[0] - noisy[1]).mean().item() == pytest.approx((1 - c0 - c1) * 0.5, abs=0.006)
+        assert (noisy[0] - noisy[1]).mean().item() == pytest.approx((1 - e0 - e1) * 0.5, abs=0.006)
 
 
 def test_best_coefficient_against_least_squares_and_its_variance():

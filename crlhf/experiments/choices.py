@@ -69,14 +69,14 @@ def samples_report(figures: Path) -> str:
 
 
 def scale(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:4]) -> str:
-    """Dynamic scaling: what does lambda do, and does it make training stable over the scale of the reward?
+    """Dynamic scaling: what does alpha do, and does it make training stable over the scale of the reward?
 
     Endpoint: KL from SFT at the end of 30 iterations, for rewards a tenth and ten times their size. Four seeds, as what
     is looked for is large.
 
     Prediction: whitening removes the size of the advantages, so the reward's scale acts through the KL price alone:
     a reward ten times smaller pays ten times the price in KL. Scaling by the running standard deviation removes that
-    for plain and contrastive rewards alike. Lambda by magnitudes keeps the raw reward's scale, so it does not: it
+    for plain and contrastive rewards alike. Scaling by magnitudes keeps the raw reward's scale, so it does not: it
     only makes up for the reward that the baseline took away.
     """
     prepare_bases(root, seeds, [{}])

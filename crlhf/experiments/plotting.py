@@ -100,7 +100,7 @@ def plot_samples(rows: list[dict], path: Path) -> str:
 
 
 def plot_scale(rows: list[dict], steps: list[dict], path: Path) -> str:
-    """KL and gold over the scale of the reward, and lambda over time."""
+    """KL and gold over the scale of the reward, and the dynamic scale alpha over time."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4))
     methods = distinct(rows, "method")
     short = [{**row, "setting": row["setting"].removeprefix("reward ")} for row in rows]
@@ -108,9 +108,9 @@ def plot_scale(rows: list[dict], steps: list[dict], path: Path) -> str:
         plot_intervals(axis, short, methods, key)
         axis.set(xlabel="all rewards multiplied by", ylabel=name)
     plot_bands(axes[2], steps, "reward x 1", distinct(steps, "method"), "scale", window=1)
-    axes[2].set(xlabel="PPO iteration", ylabel="lambda, at reward x 1")
+    axes[2].set(xlabel="PPO iteration", ylabel="scale alpha, at reward x 1")
     axes[2].legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle("What the scale of the reward does to KL and gold, with and without lambda", fontsize=11)
+    figure.suptitle("What the scale of the reward does to KL and gold, with and without a dynamic scale", fontsize=11)
     return finish(figure, path)
 
 
