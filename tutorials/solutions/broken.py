@@ -43,7 +43,7 @@ def sample(policy: torch.nn.Module, prompt: tuple[Tensor, Tensor], noise: Tensor
         ids[:, t] = torch.where(alive, token, pad_id)
         # mended 1: `alive` was updated before it was written into the mask, so the mask left out EOS. The action of
         # stopping got no gradient and no KL price. Curve: length, which equalled the number of words, without EOS.
-        # It hid how far mistake 3 goes: nobody could learn not to stop. Mend this alone, and length rises to the limit.
+        # It hid how far mistake 3 goes: the policy couldn't learn to go on. Mend this alone: length rises to the limit.
         mask[:, t] = alive
         alive = alive & (token != eos_id)
     return ids, mask
@@ -74,8 +74,8 @@ def contrastive_rewards(rewards: Tensor, baseline_rewards: Tensor) -> Tensor:
 
 def token_rewards(rewards: Tensor, log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
     """The KL price at every response token, the reward (B,) of the response at its last one: (B, T)."""
-    # mended 3: the sign. Leaving the SFT policy was paid for. Curve: kl, without end, and gold with it. While it was
-    # there it drowned what all the others do to gold.
+    # mended 3: the sign. Leaving the SFT policy was paid for. Curve: kl, which passes 100 nats. While it is there,
+    # gold tells nothing about the other mistakes.
     price = CONFIG.kl_coef * (log_probs - ref_log_probs) * mask
     last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
     return (-price).scatter_add(1, last, rewards[:, None])
@@ -106,8 +106,8 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 def advantages_and_returns(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Whitened advantages and the critic's targets, (B, T) each."""
     advantages = gae(rewards, values, mask)
-    # mended 4: the targets were formed after whitening. Curves: return and value stay near 0, return_std at 1, whatever
-    # the rewards do. It hid mistakes 2 and 3 in the critic's numbers: their returns have another spread, and grow.
+    # mended 4: the targets were formed after whitening. Curves: return equals value in every row, and return_std starts
+    # at 1, whatever the rewards are. It hid mistakes 2 and 3 in the critic's numbers: their returns have another spread, and grow.
     returns = advantages + values
     advantages = whiten(advantages, mask)
     return advantages, returns
