@@ -107,7 +107,8 @@ def advantages_and_returns(rewards: Tensor, values: Tensor, mask: Tensor) -> tup
     """Whitened advantages and the critic's targets, (B, T) each."""
     advantages = gae(rewards, values, mask)
     # mended 4: the targets were formed after whitening. Curves: return equals value in every row, and return_std starts
-    # at 1, whatever the rewards are. It hid mistakes 2 and 3 in the critic's numbers: their returns have another spread, and grow.
+    # at 1, whatever the rewards are. It hid mistakes 2 and 3 in the critic's numbers: their returns have another
+    # spread, and grow.
     returns = advantages + values
     advantages = whiten(advantages, mask)
     return advantages, returns
