@@ -3,9 +3,11 @@
 The policy is a row of logits for each prompt. In a step it draws a response to each of them, y ~ pi = softmax(logits),
 and climbs the policy gradient with whitened advantages:
 
-    A = r - c b - V,    logits += lr * A * (onehot(y) - pi),    where onehot(y) - pi is the gradient of log pi(y)
+    A = r - c b - V,    logits += lr * whiten(A) * (onehot(y) - pi)
 
-All tensors have shape (S, P, 8): S seeds side by side, P prompts, 8 responses.
+where onehot(y) - pi is the gradient of log pi(y).
+
+Rewards and logits have shape (S, P, 8): S seeds side by side, P prompts, 8 responses.
 """
 
 from collections.abc import Callable
