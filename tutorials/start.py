@@ -10,13 +10,14 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from statistics import fmean as mean  # noqa: F401  (for the pages)
 
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
 from crlhf import ppo, reviews
-from crlhf.config import Config, ContrastiveConfig, PPOConfig, RunConfig, WorldConfig
+from crlhf.config import Config, ContrastiveConfig, DataConfig, PPOConfig, RunConfig, WorldConfig
 from crlhf.contrastive import ContrastiveReward
 from crlhf.engine.files import stream
 from crlhf.engine.models import frozen_copy
@@ -28,7 +29,7 @@ from crlhf.pipeline.run import run_to
 from crlhf.policy import generate
 
 torch.set_num_threads(1)  # models this small gain nothing from more
-RESPONSE_TOKENS = 24
+RESPONSE_TOKENS = DataConfig.max_response_tokens
 
 # ------------------------------------------------------------------------------------------ the shared run
 
@@ -132,7 +133,3 @@ def gain(rows, setting, method, key="mean_gold", reference="ppo") -> str:
     """
     own = setting if values(rows, setting, method, key) else "sd 0"
     return plus_minus(difference(rows, own, method, reference, key, setting), 3, "+")
-
-
-def mean(values) -> float:
-    return sum(values) / len(values)
