@@ -11,7 +11,9 @@ from crlhf.experiments.tables import read_csv
 from crlhf.law import measured_law, variance_ratio
 from crlhf.pipeline.options import parse
 
-R = importlib.import_module("crlhf.experiments.real")  # the function has its module's name
+R, seeds = (
+    importlib.import_module(f"crlhf.experiments.{name}") for name in ("real", "real_seeds")
+)  # not the functions
 
 SECRET = "nobody may read this"
 STAGES = ("data", "sft", "preferences", "reward", "baselines", "ppo", "contrastive", "evaluation")
@@ -153,3 +155,26 @@ def test_range_over_few_batches_holds_the_prediction_and_narrows():
 
 def test_interval_of_a_correlation():
     assert R.fisher(0.5, 102) == pytest.approx((0.3392, 0.6324), abs=5e-4)  # z = 0.549 ± 0.196
+
+
+def test_other_seeds_stand_beside_the_first(tmp_path):
+    """Contrastive minus plain PPO is 1.25 in every hand-made run: so is the mean, and its interval is a point."""
+    figures = tmp_path / "figures"
+    with pytest.raises(UserError, match="--out runs/real_reviews_1 --seed 1 "):
+        seeds.real_seeds(tmp_path / "experiments", figures)
+    for name in ("real_reviews", "real_reviews_1", "real_reviews_2"):
+        write_run(tmp_path / name, "reviews", ["i loved the plot .", "i hated the plot ."])
+    write_run(tmp_path / "real_hh_1", "hh.jsonl.gz", [SECRET, SECRET], STAGES[:4])
+    R.real(tmp_path / "experiments", figures)
+    text = seeds.real_seeds(tmp_path / "experiments", figures)
+    assert (
+        "| contrastive PPO | reward | +1.25 ± 0.80 | +1.25 ± 0.80 | +1.25 ± 0.80 | +1.25 ± 0.00 | +1.25 ± 0.00 |"
+        in text
+    )
+    assert (
+        text.count("| film reviews |") == 3
+        and "| HH-RLHF, harmless | 1 | 0.80 [0.49, 0.94] |  |  |  |  |  |  |" in text
+    )
+    assert "adaptive |" not in text and SECRET not in text
+    assert "HH-RLHF, harmless: mean seconds of a stage on the GPU: data 10, sft 11, preferences 12, reward 13." in text
+    assert len(read_csv(figures / "real_seeds_results.csv")) == 6 and (figures / "real_seeds.png").exists()

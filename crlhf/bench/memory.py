@@ -7,6 +7,7 @@ What the libraries hold beside tensors (a CUDA context: about half a gigabyte) i
 """
 
 import copy
+import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -227,6 +228,17 @@ def stage_bytes(stage: Callable, shape: Shape) -> int:
     return ledger.peak
 
 
+def measured_bytes(stage: Callable, shape: Shape) -> int:
+    """The same, read off a GPU on which the stage really runs, with random weights."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.device("cuda"):
+        stage(shape)
+    return torch.cuda.max_memory_allocated() - before
+
+
 def model_shape(config: Config) -> PretrainedConfig:
     """The architecture of --model: of a known name, of the tiny model, or as its config.json says."""
     model = config.model
@@ -248,10 +260,12 @@ def knob_of(stage: str, config: Config) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Print what the stages of one run need; without options, the table of the README."""
+    """Print what the stages of one run need; without options, the table of the README, on a GPU measured, too."""
     _, _, config = parse(arguments)
     if not arguments:
-        print_readme_table()
+        print_readme_table(stage_bytes, "computed")
+        if torch.cuda.is_available():
+            print_readme_table(measured_bytes, f"measured on {torch.cuda.get_device_name()}")
         return
     model = model_shape(config)
     dtype = pick_precision(config.run.precision, pick_device(config.run.device, config.model.name == "tiny"))
@@ -263,22 +277,22 @@ def main(arguments: list[str]) -> None:
     print(f"the most is {needs[worst] / GB:.2f} GB, in {worst}: {knob_of(worst, config)} lowers it")
 
 
-def print_readme_table() -> None:
+def print_readme_table(bytes_of: Callable, how: str) -> None:
     """The three models in bf16, with the defaults of a pretrained model."""
     print("| model | parameters | SFT | reward | sampling | PPO | PPO, shared critic | PPO, recomputing | DPO |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, model in configs().items():
         config = Config.for_model(name)
         config.run.methods = "ppo,dpo"
-        sizes = {stage: stage_bytes(*call) for stage, call in stages_of(config, model, torch.bfloat16).items()}
+        sizes = {stage: bytes_of(*call) for stage, call in stages_of(config, model, torch.bfloat16).items()}
         for title, critic, recompute in (("shared", "shared", False), ("recomputing", "reward_model", True)):
             config.ppo.critic, config.ppo.recompute_activations = critic, recompute
-            sizes[title] = stage_bytes(*stages_of(config, model, torch.bfloat16)["ppo"])
+            sizes[title] = bytes_of(*stages_of(config, model, torch.bfloat16)["ppo"])
         cells = [sizes[name] for name in ("sft", "reward", "baselines", "ppo", "shared", "recomputing", "dpo")]
         numbers = " | ".join(f"{size / GB:.1f} GB" for size in cells)
         print(f"| {name} | {count_parameters(model) / 1e6:.0f}M | {numbers} |", flush=True)
     config = Config.for_model("pretrained")
     print(
         f"\nbf16 over fp32 weights, {config.run.micro_batch_size} rows a pass (--micro-batch-size), "
-        f"{config.data.max_prompt_tokens} prompt and {config.data.max_response_tokens} response tokens; computed."
+        f"{config.data.max_prompt_tokens} prompt and {config.data.max_response_tokens} response tokens; {how}."
     )

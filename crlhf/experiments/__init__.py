@@ -24,6 +24,7 @@ from .labels import labels
 from .natural import natural
 from .pairing import pairing
 from .real import real
+from .real_seeds import real_seeds
 from .rule import rule
 from .sweep import sweep
 from .theorem import theorem
@@ -31,7 +32,7 @@ from .variance import variance
 
 QUESTIONS = (natural, sweep, dose, critic, compare, uncentred, samples, labels, judged, rule)
 QUESTIONS += (variance, difficulty, theorem, adversary, scale, overoptimisation, judges)
-READERS = (real, pairing)  # of runs that take hours and a pretrained model: no part of `all`
+READERS = (real, real_seeds, pairing)  # of runs that take hours and a pretrained model: no part of `all`
 EXPERIMENTS = {function.__name__: function for function in (*QUESTIONS, *READERS)}
 
 
