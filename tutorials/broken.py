@@ -11,10 +11,11 @@ from torch import Tensor
 
 from crlhf import reviews
 from crlhf.config import PPOConfig
-from crlhf.engine.files import Progress, stream
+from crlhf.engine.files import Progress
 from crlhf.engine.models import frozen_copy, scalar_model
 from crlhf.engine.text import decode, pad_prompts
 from crlhf.engine.training import adamw, gradient_step, learning_rate, prompts_of_iteration
+from tutorials.paired import minibatches_in_order, rollout_noise  # the library's random numbers
 from tutorials.start import tutorial_run
 
 GROUP = 2
@@ -108,25 +109,20 @@ def update(policy: torch.nn.Module, critic: torch.nn.Module, optimizers: list, r
     """Two passes over two minibatches. Returns statistics of the ratio pi / pi_old."""
     prompt, ids, mask = rollout["prompt"], rollout["ids"], rollout["mask"]
     eps, history = CONFIG.clip_range, []
-    minibatches = torch.randperm(len(ids), generator=stream(SEED, "ppo minibatches", i))
-    minibatches = minibatches.split(len(ids) // CONFIG.minibatches)
-    order = stream(SEED, "ppo order", i)
-    for _ in range(CONFIG.epochs):
-        for number in torch.randperm(CONFIG.minibatches, generator=order).tolist():
-            rows = minibatches[number]
-            some, m, A = (prompt[0][rows], prompt[1][rows]), mask[rows], rollout["advantages"][rows]
-            new = log_probs(policy, some, ids[rows])
-            ratio = (new - new.detach()).exp()
-            loss = torch.maximum(-A * ratio, -A * ratio.clamp(1 - eps, 1 + eps))
-            values = values_of(critic, some, ids[rows])
-            old_values, returns = rollout["values"][rows], rollout["returns"][rows]
-            clipped = old_values + (values - old_values).clamp(-eps, eps)
-            v_loss = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
-            mean(loss + CONFIG.value_coef * v_loss, m).backward()
-            for optimizer, peak in zip(optimizers, (CONFIG.lr, CONFIG.critic_lr)):
-                gradient_step(optimizer, learning_rate(i, CONFIG.iterations, peak))
-            distance = (ratio.detach() - 1).abs() * m
-            history.append((distance.max(), mean((distance > eps).double(), m)))
+    for rows in minibatches_in_order(CONFIG, SEED, i, len(ids)):
+        some, m, A = (prompt[0][rows], prompt[1][rows]), mask[rows], rollout["advantages"][rows]
+        new = log_probs(policy, some, ids[rows])
+        ratio = (new - new.detach()).exp()
+        loss = torch.maximum(-A * ratio, -A * ratio.clamp(1 - eps, 1 + eps))
+        values = values_of(critic, some, ids[rows])
+        old_values, returns = rollout["values"][rows], rollout["returns"][rows]
+        clipped = old_values + (values - old_values).clamp(-eps, eps)
+        v_loss = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+        mean(loss + CONFIG.value_coef * v_loss, m).backward()
+        for optimizer, peak in zip(optimizers, (CONFIG.lr, CONFIG.critic_lr)):
+            gradient_step(optimizer, learning_rate(i, CONFIG.iterations, peak))
+        distance = (ratio.detach() - 1).abs() * m
+        history.append((distance.max(), mean((distance > eps).double(), m)))
     return {"first_ratio": history[0][0], "clip_fraction": sum(clipped for _, clipped in history) / len(history)}
 
 
@@ -145,9 +141,8 @@ def train(iterations: int = CONFIG.iterations) -> list[dict]:
         for i in range(iterations):
             texts = [prompts[j] for j in prompts_of_iteration(len(prompts), CONFIG, i, SEED)]
             prompt = pad_prompts(tokenizer, texts)
-            draw = stream(SEED, "ppo rollout", i)
-            noise = [torch.rand(len(texts), len(tokenizer), generator=draw) for _ in range(MAX_RESPONSE_TOKENS)]
-            ids, mask = sample(policy, prompt, -torch.stack(noise).log().double(), EOS, PAD)
+            noise = rollout_noise(SEED, i, MAX_RESPONSE_TOKENS, len(texts), len(tokenizer))
+            ids, mask = sample(policy, prompt, noise, EOS, PAD)
             with torch.no_grad():
                 old = log_probs(policy, prompt, ids, CONFIG.temperature)
                 ref = log_probs(ref_policy, prompt, ids, CONFIG.temperature)

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from crlhf import reviews
 from crlhf.config import PPOConfig
-from crlhf.engine.files import Progress, stream
+from crlhf.engine.files import Progress
 from crlhf.engine.models import frozen_copy, scalar_model
 from crlhf.engine.text import decode, pad_prompts
 from crlhf.engine.training import adamw, gradient_step, learning_rate, prompts_of_iteration
+from crlhf.ppo import value_loss, whiten
+from tutorials.paired import minibatches_in_order, rollout_noise  # the library's random numbers
 from tutorials.start import tutorial_run
 
 CONFIG = PPOConfig(iterations=20, batch_size=32, minibatches=2, lr=1.5e-3, critic_lr=1.5e-3, kl_coef=0.02)
@@ -89,22 +91,7 @@ def sample(next_logits: Callable, noise: Tensor, temperature: float, eos_id: int
     raise NotImplementedError("fill in sample")
 
 
-# ---------------------------------------------------------------------------- given: whitening, value loss, models
-
-
-def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 over the True positions, 0 elsewhere: (B, T), (B, T) -> (B, T)."""
-    mean = (values * mask).sum() / mask.sum()
-    centred = (values - mean) * mask
-    variance = centred.square().sum() / (mask.sum() - 1)
-    return centred / (variance + 1e-8).sqrt()
-
-
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float) -> Tensor:
-    """The critic's clipped squared error, a mean over response tokens: (B, T) each -> scalar."""
-    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
-    error = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
-    return 0.5 * (error * mask).sum() / mask.sum()
+# ---------------------------------------------------------------------------------------------- given: the rest
 
 
 def columns(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor) -> dict[str, Tensor]:
@@ -119,16 +106,6 @@ def values_of(critic: torch.nn.Module, prompt: tuple[Tensor, Tensor], response_i
     """V before each response token is chosen: (B, T)."""
     states = critic.transformer(**columns(*prompt, response_ids)).last_hidden_state
     return critic.score(states).squeeze(-1)[:, -response_ids.shape[1] - 1 : -1]
-
-
-def noise_of(iteration: int, B: int, V: int) -> Tensor:
-    """Exponential noise for `sample`, (T, B, V): the same numbers that the library draws."""
-    generator = stream(SEED, "ppo rollout", iteration)
-    steps = [torch.rand(B, V, generator=generator) for _ in range(MAX_RESPONSE_TOKENS)]
-    return -torch.stack(steps).log().double()
-
-
-# -------------------------------------------------------------------------------------------- given: the training
 
 
 def train(iterations: int = CONFIG.iterations) -> list[dict]:
@@ -154,15 +131,15 @@ def train(iterations: int = CONFIG.iterations) -> list[dict]:
                 def next_logits(so_far, prompt=prompt):
                     return policy(**columns(*prompt, so_far)).logits[:, -1]
 
-                noise = noise_of(i, len(texts), policy.config.vocab_size)
+                noise = rollout_noise(SEED, i, MAX_RESPONSE_TOKENS, len(texts), policy.config.vocab_size)
                 ids, mask = sample(next_logits, noise, CONFIG.temperature, EOS, PAD)
                 old_log_probs = log_probs(policy(**columns(*prompt, ids)).logits, ids, CONFIG.temperature)
                 ref_log_probs = log_probs(ref_policy(**columns(*prompt, ids)).logits, ids, CONFIG.temperature)
                 old_values = values_of(critic, prompt, ids)
                 # 2. the contrastive reward at the last token, the KL price at each
                 responses = decode(tokenizer, ids, mask)
-                raw = reward(texts, responses).double()
-                rewards = contrast(raw, torch.tensor([baselines[text] for text in texts]).double())
+                baseline_rewards = torch.tensor([baselines[text] for text in texts]).double()  # (B, k)
+                rewards = contrast(reward(texts, responses).double(), baseline_rewards)
                 log_ratio = (old_log_probs - ref_log_probs) * mask
                 last = mask.sum(1, keepdim=True) - 1
                 R = (-CONFIG.kl_coef * log_ratio).scatter_add(1, last, rewards[:, None])
@@ -170,24 +147,17 @@ def train(iterations: int = CONFIG.iterations) -> list[dict]:
                 advantages, returns = gae(R, old_values, mask, 1.0, CONFIG.lam)
                 advantages = whiten(advantages, mask)
             # 4. two passes over two minibatches
-            minibatches = torch.randperm(len(texts), generator=stream(SEED, "ppo minibatches", i))
-            minibatches = minibatches.split(len(texts) // CONFIG.minibatches)
-            order = stream(SEED, "ppo order", i)
-            for _ in range(CONFIG.epochs):
-                for number in torch.randperm(CONFIG.minibatches, generator=order).tolist():
-                    rows = minibatches[number]
-                    some = prompt[0][rows], prompt[1][rows]
-                    new = log_probs(policy(**columns(*some, ids[rows])).logits, ids[rows], CONFIG.temperature)
-                    values = values_of(critic, some, ids[rows])
-                    loss = policy_loss(new, old_log_probs[rows], advantages[rows], mask[rows], CONFIG.clip_range)
-                    critic_loss = value_loss(values, old_values[rows], returns[rows], mask[rows], CONFIG.clip_range)
-                    (loss + CONFIG.value_coef * critic_loss).backward()
-                    for optimizer, peak in zip(optimizers, (CONFIG.lr, CONFIG.critic_lr)):
-                        gradient_step(optimizer, learning_rate(i, CONFIG.iterations, peak))
-            ended = (ids == EOS).any(1)
-            row = {"gold": reviews.gold_reward(texts, responses).mean(), "reward": raw.mean()}
-            row |= {"contrastive_reward": rewards.mean(), "kl": log_ratio.sum(1).mean()}
-            row |= {"length": mask.sum(1).double().mean(), "ended": ended.double().mean()}
-            log.append({name: float(value) for name, value in row.items()})
+            for rows in minibatches_in_order(CONFIG, SEED, i, len(texts)):
+                some = prompt[0][rows], prompt[1][rows]
+                new = log_probs(policy(**columns(*some, ids[rows])).logits, ids[rows], CONFIG.temperature)
+                values = values_of(critic, some, ids[rows])
+                loss = policy_loss(new, old_log_probs[rows], advantages[rows], mask[rows], CONFIG.clip_range)
+                errors = value_loss(values, old_values[rows], returns[rows], mask[rows], CONFIG.clip_range)
+                (loss + CONFIG.value_coef * errors / mask[rows].sum()).backward()
+                for optimizer in optimizers:
+                    gradient_step(optimizer, learning_rate(i, CONFIG.iterations, CONFIG.lr))
+            row = {"gold": reviews.gold_reward(texts, responses), "kl": log_ratio.sum(1)}
+            row |= {"length": mask.sum(1).double(), "ended": (ids == EOS).any(1).double()}
+            log.append({name: value.mean().item() for name, value in row.items()})
             bar.update()
     return log
