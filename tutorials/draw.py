@@ -500,3 +500,17 @@ def cancels(changes):
     axis.set_title("Subtract a baseline per prompt: who notices?")
     axis.invert_yaxis()
     show(figure, "17_cancels")
+
+
+# ------------------------------------------------------------------------------------------------ 18. build it
+
+
+def broken(log, library):
+    """The broken loop's curves on the library's. log, library: a row of numbers for each iteration."""
+    figure, axes = plt.subplots(1, 5, figsize=(13, 2.8))
+    for axis, name in zip(axes, ("gold", "reward", "kl", "length", "clip_fraction")):
+        axis.plot([row[name] for row in library], color="#999999", linewidth=4, label="library")
+        axis.plot([row[name] for row in log], color="#D55E00", label="broken")
+        axis.set(title=name, xlabel="iteration")
+    axes[0].legend()
+    show(figure, "18_broken")

@@ -264,7 +264,8 @@ HINTS = {
         "Which column of the logits knows everything up to the token before y_1, and nothing of y_1 itself?",
         "Take the T columns before the last one, divide by the temperature, log_softmax over the vocabulary, and "
         "`gather` at response_ids.",
-        "logits[:, -T - 1 : -1] / temperature, then log_softmax(-1).gather(-1, response_ids[:, :, None]).squeeze(-1)",
+        "logits = logits[:, -T - 1 : -1] / temperature; "
+        "return logits.log_softmax(-1).gather(-1, response_ids[:, :, None]).squeeze(-1)",
     ),
     "gae": (
         "Do one response of three tokens by hand, from its last token. Which numbers must be 0 there?",
