@@ -466,13 +466,13 @@ def real_rho(rows, k):
 def sick(logs):
     """What PPO's metrics look like in healthy and in sick runs. logs: {name: metrics, one dict an iteration}."""
     panels = {"reward": "reward", "gold": "gold", "kl": "KL, nats", "ended": "share that ended"}
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3))
-    for axis, (key, title) in zip(axes, panels.items()):
+    figure, axes = plt.subplots(2, 2, figsize=(8, 5.6))
+    for axis, (key, title) in zip(axes.flat, panels.items()):
         for name, log in logs.items():
             axis.plot([row[key] for row in log], label=name)
         axis.set(xlabel="iteration", title=title)
-    axes[2].set_yscale("symlog", linthresh=1)
-    axes[3].legend(fontsize=7, loc="center right")
+    axes[1, 0].set_yscale("symlog", linthresh=1)
+    axes[1, 1].legend(loc="center right")
     show(figure, "16_sick")
 
 
@@ -483,7 +483,7 @@ def negative_variance(estimates, standard_errors, found):
     axis.errorbar(range(len(order)), estimates[order], yerr=1.96 * standard_errors[order], fmt=".", elinewidth=0.6)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.axhline(found, color="#D55E00", linestyle="--", label="the rehearsal")
-    axis.legend()
+    axis.legend(loc="upper left")
     axis.set(xlabel="simulated run, sorted", ylabel="variance between prompts")
     show(figure, "16_negative")
 
