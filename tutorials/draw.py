@@ -507,10 +507,11 @@ def cancels(changes):
 
 def broken(log, library):
     """The broken loop's curves on the library's. log, library: a row of numbers for each iteration."""
-    figure, axes = plt.subplots(1, 5, figsize=(13, 2.8))
-    for axis, name in zip(axes, ("gold", "reward", "kl", "length", "clip_fraction")):
+    figure, axes = plt.subplots(2, 3, figsize=(8.5, 5))
+    for axis, name in zip(axes.flat, ("gold", "reward", "kl", "length", "clip_fraction")):
         axis.plot([row[name] for row in library], color="#999999", linewidth=4, label="library")
         axis.plot([row[name] for row in log], color="#D55E00", label="broken")
         axis.set(title=name, xlabel="iteration")
-    axes[0].legend()
+    axes[1, 2].axis("off")
+    axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center")
     show(figure, "18_broken")
