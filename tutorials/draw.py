@@ -4,6 +4,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from crlhf.config import METHODS
+from crlhf.evaluate import column
+from crlhf.experiments.tables import distinct, select
 from tutorials.start import show
 
 # ----------------------------------------------------------------------------------------- 0. the whole thing
@@ -413,13 +415,15 @@ def best_of_n(kls, rewards, golds, possible):
     show(figure, "12_best_of_n")
 
 
-def fallen(shares, kls):
-    """How many runs of each method fell, against the KL at which its runs end. shares, kls: {method: number}."""
-    figure, axis = plt.subplots(figsize=(6.5, 3.4))
-    for number, method in enumerate(shares):
-        axis.plot(kls[method], shares[method], "os^vDPX*h"[number % 9], markersize=8, label=method)
+def fallen(runs):
+    """How many runs of each method fell, against the KL at which its runs end. runs: rows with method, kl and fell."""
+    figure, axis = plt.subplots(figsize=(7.5, 3.2))
+    for number, method in enumerate(distinct(runs, "method")):
+        own = select(runs, method=method)
+        share, kl = column(own, "fell").mean(), column(own, "kl").mean()
+        axis.plot(kl, share, "os^vDPX*h"[number % 9], markersize=8, label=method)
     axis.set(xlabel="mean KL of all runs (nats)", ylabel="share of runs that fell", ylim=(-0.015, None))
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     show(figure, "12_fallen")
 
 
