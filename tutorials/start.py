@@ -17,16 +17,18 @@ import torch
 from torch import Tensor
 
 from crlhf import ppo, reviews
-from crlhf.config import Config, ContrastiveConfig, DataConfig, PPOConfig, RunConfig, WorldConfig
+from crlhf.config import Config, ContrastiveConfig, DataConfig, PPOConfig, RewardConfig, RunConfig, WorldConfig
 from crlhf.contrastive import ContrastiveReward
 from crlhf.engine.files import stream
-from crlhf.engine.models import frozen_copy
+from crlhf.engine.models import frozen_copy, scalar_model
 from crlhf.engine.text import Reward
 from crlhf.engine.training import Job
 from crlhf.experiments.tables import difference, plus_minus, read_rows, values
 from crlhf.pipeline.pipeline import Pipeline
+from crlhf.pipeline.rewards import ModelReward
 from crlhf.pipeline.run import run_to
 from crlhf.policy import generate
+from crlhf.reward import train_reward_model
 
 torch.set_num_threads(1)  # models this small gain nothing from more
 RESPONSE_TOKENS = DataConfig.max_response_tokens
@@ -102,6 +104,16 @@ def short_ppo(reward, baselines=None, scale="none", gold=None, **changes):
         job = Job("ppo", folder, max_response_tokens=RESPONSE_TOKENS)
         log = ppo.train_ppo(models, reward, run.prompts("train"), config, job, contrastive, gold)
     return policy, log
+
+
+def reward_from(pairs: list[dict]) -> Reward:
+    """A new reward model, trained on preference pairs from the SFT policy's weights, as a reward callable."""
+    run = tutorial_run()
+    tokenizer = run.tokenizer()
+    model = scalar_model(str(run.path("sft")), tokenizer.pad_token_id)
+    with tempfile.TemporaryDirectory() as folder:
+        train_reward_model(model, tokenizer, pairs, RewardConfig(), Job("reward", folder))
+    return ModelReward(model, tokenizer, RESPONSE_TOKENS)
 
 
 def measure(rollout: ppo.Rollout) -> dict:
