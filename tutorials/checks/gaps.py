@@ -269,8 +269,8 @@ HINTS = {
     ),
     "gae": (
         "Do one response of three tokens by hand, from its last token. Which numbers must be 0 there?",
-        "Multiply the values by the mask. Then loop over the columns from the last to the first, and carry A_{t+1} "
-        "and V_{t+1}, (B,) each, from one to the next.",
+        "Multiply the values by the mask. Then loop over the columns from the last to the first, and carry the next "
+        "A and the next V, (B,) each, from one to the next.",
         "for t in reversed(range(T)): delta = rewards[:, t] + gamma * next_value - values[:, t]; "
         "advantage = delta + gamma * lam * advantage; next_value = values[:, t]",
     ),
