@@ -8,6 +8,7 @@ on 2 CPU cores); after that it is reused. Delete the folder to make it again.
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from statistics import fmean as mean  # noqa: F401  (for the pages)
@@ -23,7 +24,7 @@ from crlhf.engine.files import stream
 from crlhf.engine.models import frozen_copy, scalar_model
 from crlhf.engine.text import Reward
 from crlhf.engine.training import Job
-from crlhf.experiments.tables import difference, plus_minus, read_rows, values
+from crlhf.experiments.tables import difference, distinct, plus_minus, read_rows, values
 from crlhf.pipeline.pipeline import Pipeline
 from crlhf.pipeline.rewards import ModelReward
 from crlhf.pipeline.run import run_to
@@ -145,3 +146,13 @@ def gain(rows, setting, method, key="mean_gold", reference="ppo") -> str:
     """
     own = setting if values(rows, setting, method, key) else "sd 0"
     return plus_minus(difference(rows, own, method, reference, key, setting), 3, "+")
+
+
+def gain_table(rows: list[dict], methods: Sequence[str], settings: Sequence[str] = (), key: str = "mean_gold") -> str:
+    """A line a setting (all, if none is named): what plain PPO reaches, and each method minus it, as `gain` says."""
+    lines = [f"{'setting':18}plain PPO  " + "".join(f"{method:17}" for method in methods)]
+    for setting in settings or distinct(rows, "setting"):
+        plain = mean(values(rows, setting, "ppo", key))
+        gains = "".join(f"{gain(rows, setting, method, key):17}" for method in methods)
+        lines.append(f"{setting:18}{plain:+9.3f}  {gains}")
+    return "\n".join(line.rstrip() for line in lines)
