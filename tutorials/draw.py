@@ -334,16 +334,17 @@ def theorem(truth, reports, predicted, noisy_contrast, e0):
 # ----------------------------------------------------------------------------------------------- 9. baselines
 
 
-def budget(results):
-    """True quality against k. results: {N: ({k: at N steps}, {k: with N responses in all}, plain)}."""
-    figure, axes = plt.subplots(1, len(results), figsize=(9, 3.2))
-    for axis, (N, (steps, in_all, plain)) in zip(axes, results.items()):
-        axis.plot(list(steps), list(steps.values()), "o-", label=f"{N} steps, baselines on top")
-        axis.plot(list(in_all), list(in_all.values()), "s--", label=f"{N} responses in all")
-        axis.axhline(plain, color="C3", linestyle=":", label="plain")
+def budget(curves, plain):
+    """True quality against k for 10 and 60 responses. curves: {k: after each step}; plain: after each step."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    for axis, N in zip(axes, (10, 60)):
+        fit = [k for k in curves if k < N]
+        axis.plot(list(curves), [curve[N - 1] for curve in curves.values()], "o-", label="N steps, baselines on top")
+        axis.plot(fit, [curves[k][N - k - 1] for k in fit], "s--", label="N responses in all")
+        axis.axhline(plain[N - 1], color="C3", linestyle=":", label="plain")
         axis.axvline((N + 1) ** 0.5 - 1, color="grey", linewidth=0.8, label="√(N+1) − 1")
         axis.set(title=f"N = {N}", xlabel="k", xscale="log")
-        axis.set_xticks(list(steps), list(steps))
+        axis.set_xticks(list(curves), list(curves))
     axes[0].set_ylabel("true quality at the end")
     axes[1].legend(fontsize=7)
     show(figure, "09_budget")
@@ -356,7 +357,7 @@ def sampling(bars):
     axis.bar(list(bars), spread, label="bias that differs between prompts")
     axis.bar(list(bars), noise, bottom=spread, label="s²/k, k = 4")
     axis.tick_params(axis="x", labelsize=8)
-    axis.set(ylabel="variance that the baseline adds", ylim=(0, 0.16))
+    axis.set(ylabel="variance that the baseline adds", ylim=(0, 0.19))
     axis.legend()
     show(figure, "09_sampling")
 
