@@ -353,7 +353,7 @@ def budget(curves, plain):
 def sampling(bars):
     """Variance that the baseline adds at the start. bars: {name: (bias that differs between prompts, s^2 / k)}."""
     figure, axis = plt.subplots(figsize=(7, 3))
-    spread, noise = zip(*bars.values())
+    spread, noise = torch.tensor(list(bars.values())).T.numpy()
     axis.bar(list(bars), spread, label="bias that differs between prompts")
     axis.bar(list(bars), noise, bottom=spread, label="s²/k, k = 4")
     axis.tick_params(axis="x", labelsize=8)
