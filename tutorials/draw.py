@@ -398,7 +398,7 @@ def online(curves, costs):
             axis.plot(responses[shown], curve[shown], line, label=method)
         axis.set(title=f"levels differ by {spread:g}", xlabel="responses generated per prompt")
     axes[0].set_ylabel("true quality")
-    axes[0].legend()
+    axes[0].legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.52))
     show(figure, "11_online")
 
 
