@@ -184,7 +184,7 @@ def whitening(advantages, level):
             axis.hist(values[level == value].numpy(), bins=40, alpha=0.6, label=label)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(title=name, xlabel="whitened advantage")
-    axes[0].legend()
+    axes[1].legend(loc="upper left")
     show(figure, "04_whitening")
 
 
