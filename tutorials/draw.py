@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from crlhf.config import METHODS
+from crlhf.contrastive import contrast
 from crlhf.evaluate import column
 from crlhf.experiments.tables import distinct, select
 from tutorials.start import show
@@ -206,24 +207,27 @@ def law(measured):
     show(figure, "05_law")
 
 
-def slope(clouds):
-    """Mean reward of prompts under a policy against that under SFT. clouds: {bias: {policy: (m_ref, m_pi)}}."""
+def slope(cases):
+    """Mean reward of prompts under a policy against that under SFT. cases: {"when, which constant": (r, baselines)}."""
     figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.4))
-    for axis, (bias, policies) in zip(axes, clouds.items()):
-        for name, (m_ref, m_pi) in policies.items():
-            axis.scatter(m_ref, m_pi, s=8, alpha=0.6, label=name)
+    for axis, constant in zip(axes, ("sd 0", "sd 1")):
+        for name, (r, baselines) in cases.items():
+            if name.endswith(constant):
+                axis.scatter(baselines.mean(1), r.mean(1), s=8, alpha=0.6, label=name.split(",")[0])
         axis.axline((0, 0), slope=0.5, color="black", linestyle=":", linewidth=0.8, label="slope ½")
-        axis.set(title=f"constant per prompt: sd {bias:g}", xlabel="mean reward under SFT", ylabel="under the policy")
+        axis.set(title=f"constant per prompt: {constant}", xlabel="mean reward under SFT", ylabel="under the policy")
         axis.legend(fontsize=7)
     show(figure, "05_slope")
 
 
-def coefficient(parabolas):
-    """Variance over that of the raw reward against the share c. parabolas: {name: (c, ratio, best c, its ratio)}."""
+def coefficient(cases, c_star):
+    """Variance over that of the raw reward against the share c. cases: {name: (r, baselines)}; c_star: {name: c}."""
     figure, axis = plt.subplots(figsize=(6.5, 3.4))
-    for number, (name, (c, ratio, best, least)) in enumerate(parabolas.items()):
-        axis.plot(c, ratio, color=f"C{number}", label=name)
-        axis.plot(best, least, "o", color=f"C{number}")
+    shares = torch.linspace(0, 1.2, 61)
+    for number, (name, (r, baselines)) in enumerate(cases.items()):
+        b, best = baselines[:, :4].mean(1, keepdim=True), c_star[name]
+        axis.plot(shares, [contrast(r, b, c).var() / r.var() for c in shares], color=f"C{number}", label=name)
+        axis.plot(best, contrast(r, b, best).var() / r.var(), "o", color=f"C{number}")
     axis.axhline(1.0, color="black", linewidth=0.8)
     axis.set(xlabel="share c", ylabel="variance / raw variance", ylim=(0, 2.5))
     axis.legend(fontsize=8)
