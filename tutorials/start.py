@@ -24,7 +24,9 @@ from crlhf.engine.files import stream
 from crlhf.engine.models import frozen_copy, scalar_model
 from crlhf.engine.text import Reward
 from crlhf.engine.training import Job
-from crlhf.experiments.tables import difference, distinct, plus_minus, read_rows, values
+from crlhf.evaluate import mean_interval
+from crlhf.experiments import rule
+from crlhf.experiments.tables import difference, distinct, plus_minus, read_rows, select, values
 from crlhf.pipeline.pipeline import Pipeline
 from crlhf.pipeline.rewards import ModelReward
 from crlhf.pipeline.run import run_to
@@ -156,3 +158,17 @@ def gain_table(rows: list[dict], methods: Sequence[str], settings: Sequence[str]
         gains = "".join(f"{gain(rows, setting, method, key):17}" for method in methods)
         lines.append(f"{setting:18}{plain:+9.3f}  {gains}")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def gains_by_rho() -> dict[str, list[tuple[float, float, float]]]:
+    """Gold over the run minus plain PPO's, paired by seed, in every setting of the experiments.
+
+    -> {method: [(rho, mean, half of the 95% interval), one a setting]}
+    """
+    gains = {"contrastive": [], "adaptive": [], "RLOO": []}
+    for *_, rows in rule.settings(Path("figures")):
+        gold = {name: [row["mean_gold"] for row in select(rows, method=name)] for name in ("ppo", *gains)}
+        rho = mean([row["rho"] for row in select(rows, method="adaptive")])
+        for method, found in gains.items():
+            found.append((rho, *mean_interval([a - b for a, b in zip(gold[method], gold["ppo"])])))
+    return gains
