@@ -292,9 +292,10 @@ def ledger(gains):
 # ---------------------------------------------------------------------------------------------- 7. difficulty
 
 
-def calibration(difficulty, bins, p_ref, p_pi):
+def calibration(difficulty, edges, p_ref, p_pi):
     """Success by difficulty, and each prompt's progress against its baseline's success. p_ref, p_pi: (N,)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.5))
+    bins = [(difficulty >= low) & (difficulty < high) for low, high in zip(edges, edges[1:])]
     centres = [difficulty[member].mean() for member in bins]
     lines = (p_ref, "o:", "p_ref, SFT"), (p_pi, "o-", "p_π, after PPO"), (p_pi - p_ref, "s--", "r_CR")
     for values, style, name in lines:
@@ -316,8 +317,8 @@ def weights(shares, rates):
     for number, (name, share) in enumerate(shares.items()):
         axis.bar(torch.arange(len(rates)).numpy() + 0.27 * (number - 1), share, 0.25, label=name)
     axis.set_xticks(range(len(rates)), [f"p = {rate:.2f}" for rate in rates])
-    axis.set(title="Whose advantages are large?", ylabel="share of squared advantage")
-    axis.legend()
+    axis.set(title="Whose advantages are large?", ylabel="share of squared advantage", ylim=(0, 0.45))
+    axis.legend(ncols=3, loc="upper center")
     show(figure, "07_weights")
 
 
