@@ -25,7 +25,7 @@ from crlhf.engine.models import frozen_copy, scalar_model
 from crlhf.engine.text import Reward
 from crlhf.engine.training import Job
 from crlhf.evaluate import mean_interval
-from crlhf.experiments import rule
+from crlhf.experiments.rule import settings as all_settings
 from crlhf.experiments.tables import difference, distinct, plus_minus, read_rows, select, values
 from crlhf.pipeline.pipeline import Pipeline
 from crlhf.pipeline.rewards import ModelReward
@@ -166,7 +166,7 @@ def gains_by_rho() -> dict[str, list[tuple[float, float, float]]]:
     -> {method: [(rho, mean, half of the 95% interval), one a setting]}
     """
     gains = {"contrastive": [], "adaptive": [], "RLOO": []}
-    for *_, rows in rule.settings(Path("figures")):
+    for *_, rows in all_settings(Path("figures")):
         gold = {name: [row["mean_gold"] for row in select(rows, method=name)] for name in ("ppo", *gains)}
         rho = mean([row["rho"] for row in select(rows, method="adaptive")])
         for method, found in gains.items():
