@@ -98,10 +98,10 @@ def temperature(words, logits):
 def distance(gold, trained_gold, log_ratio):
     """What responses are worth before and after training, and how much likelier the trained policy makes its own."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
-    left.hist(gold.numpy(), bins=20, alpha=0.6, label="SFT")
-    left.hist(trained_gold.numpy(), bins=20, alpha=0.6, label="trained")
-    left.set(xlabel="gold", ylabel="responses", title="What they are worth")
-    left.legend()
+    left.hist(gold.numpy(), bins=20, alpha=0.6, label=f"SFT, mean {gold.mean():+.2f}")
+    left.hist(trained_gold.numpy(), bins=20, alpha=0.6, label=f"trained, mean {trained_gold.mean():+.2f}")
+    left.set(xlabel="gold", ylabel="responses", title="What they are worth", ylim=(0, 45))
+    left.legend(loc="upper left", fontsize=9)
     right.hist(log_ratio.numpy(), bins=30, color="C1")
     right.axvline(0, color="black", linewidth=0.8)
     right.set(xlabel="log π(y|x) − log π_ref(y|x), nats", title="How much likelier training made each response")
