@@ -154,14 +154,14 @@ def clip(clip_range):
 
 def bugs(logs):
     """Gold, KL and length over iterations. logs: {name: rows}, the correct loop first."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.6), layout="constrained")
+    axes[1].set_yscale("symlog", linthresh=10)
     for axis, key in zip(axes, ("gold", "KL", "length")):
         for number, (name, log) in enumerate(logs.items()):
             curve = [row[key] for row in log]
             axis.plot(curve, label=name, color=f"C{number}", linewidth=1.2 if number else 2.5)
-        axis.set(title=key, xlabel="iteration")
-    axes[1].set_yscale("symlog", linthresh=10)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+        axis.set(title=key, xlabel="iteration", xticks=range(0, len(curve), 2))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     show(figure, "03_bugs")
 
 

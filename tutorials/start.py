@@ -20,10 +20,10 @@ from torch import Tensor
 from crlhf import ppo, reviews
 from crlhf.config import Config, ContrastiveConfig, DataConfig, PPOConfig, RewardConfig, RunConfig, WorldConfig
 from crlhf.contrastive import ContrastiveReward
-from crlhf.engine.files import stream
+from crlhf.engine.files import shuffled, stream
 from crlhf.engine.models import frozen_copy, scalar_model
 from crlhf.engine.text import Reward
-from crlhf.engine.training import Job
+from crlhf.engine.training import Job, adamw, gradient_step
 from crlhf.evaluate import mean_interval
 from crlhf.experiments.rule import settings as all_settings
 from crlhf.experiments.tables import difference, distinct, plus_minus, read_rows, select, values
@@ -130,6 +130,36 @@ def measure(rollout: ppo.Rollout) -> dict:
         "value": rollout.values[mask].abs().mean().item(),
         "sample": rollout.responses[0],
     }
+
+
+def ending(log: list[dict]) -> str:
+    """What `measure` saw over the last four iterations, as a line of text."""
+    last = {key: mean(row[key] for row in log[-4:]) for key in ("gold", "KL", "length", "ended", "value")}
+    gold, kl, length = f"gold {last['gold']:+.2f}", f"KL {last['KL']:5.1f}", f"length {last['length']:4.1f}"
+    return f"{gold}  {kl}  {length}  ended {last['ended']:.2f}  |value| {last['value']:.2f}"
+
+
+class Learner:
+    """What a PPO run trains: the SFT policy and a critic made from it, an optimizer each; and the frozen reference."""
+
+    def __init__(self, seed: int = 0):
+        run = tutorial_run()
+        self.policy, self.critic = run.model("sft"), scalar_model(str(run.path("sft")), run.tokenizer().pad_token_id)
+        self.models = ppo.Models(self.policy, frozen_copy(self.policy), self.critic, run.tokenizer())
+        self.optimizers = [adamw(self.policy), adamw(self.critic)]
+        self.job = Job("ppo", run.path("ppo"), seed, RESPONSE_TOKENS)
+
+    def rollout(self, i: int) -> ppo.Rollout:
+        """Responses to the 32 prompts of iteration i, in two minibatches, and what the networks say of their tokens."""
+        prompts = tutorial_run().prompts("train")
+        some = [prompts[j] for j in shuffled(len(prompts), 0, i)[:32]]
+        return ppo.collect_rollout(self.models, some, PPOConfig(batch_size=32, minibatches=2), self.job, i)
+
+    def step(self, loss: Tensor, lr: float) -> None:
+        """One step of policy and critic along their gradients, whose norms are bounded."""
+        loss.backward()
+        for optimizer in self.optimizers:
+            gradient_step(optimizer, lr)
 
 
 # ------------------------------------------------------------------------------ results of experiments, by seed
