@@ -27,6 +27,7 @@ from crlhf.engine.training import Job, adamw, gradient_step
 from crlhf.evaluate import mean_interval
 from crlhf.experiments.rule import settings as all_settings
 from crlhf.experiments.tables import difference, distinct, plus_minus, read_rows, select, values
+from crlhf.pipeline.options import parse
 from crlhf.pipeline.pipeline import Pipeline
 from crlhf.pipeline.rewards import ModelReward
 from crlhf.pipeline.run import run_to
@@ -57,6 +58,14 @@ def tutorial_run(last="all"):
     run = Pipeline(tutorial_config(), log=lambda text: None)
     run_to(run, last, redo=True)
     return run
+
+
+def quiet_run(command: str) -> tuple[Pipeline, list[str]]:
+    """`python -m crlhf COMMAND`, its lines kept instead of printed. -> (the finished run, the lines)"""
+    said = []
+    run = Pipeline(parse(command.split())[2], log=said.append)
+    run_to(run, "all", redo=True)
+    return run, said
 
 
 def show(figure, name):
