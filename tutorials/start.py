@@ -179,6 +179,24 @@ def experiment(name: str) -> list[dict]:
     return read_rows(Path("figures") / f"{name}.csv")
 
 
+def real_law(run: str, *names: str) -> None:
+    """Print the quantities of a run of SmolLM2 whose names begin so, with 95% intervals where there are any."""
+    print(run)
+    for row in select(experiment("real_law"), run=run):
+        if row["quantity"].startswith(names):
+            interval = f" [{row['low']:.2f}, {row['high']:.2f}]" if row["low"] != "" else ""
+            print(f"{row['quantity']}: {row['value']:.2f}{interval}")
+
+
+def real_results(run: str) -> None:
+    """Print what its methods reached on held-out prompts: KL, reward, gold where it is known, both minus plain PPO."""
+    for row in select(experiment("real_results"), run=run):
+        print(f"{row['method']}: KL {row['kl']:.1f}")
+        for name in ("reward", "gold", "reward_minus_ppo", "gold_minus_ppo"):
+            if row[name] != "":
+                print(f"    {name} {plus_minus((row[name], row[f'{name}_half']), 2, '+')}")
+
+
 def gain(rows, setting, method, key="mean_gold", reference="ppo") -> str:
     """A method minus plain PPO, paired by seed, with the 95% interval: '+0.060 ± 0.028'.
 
