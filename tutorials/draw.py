@@ -13,22 +13,22 @@ from tutorials.start import show
 
 PLAIN, OURS = "#eeeeea", "#cfe4f5"
 BOXES = {  # name: (x, y, text, colour)
-    "sft": (3.9, 5.0, "SFT policy", PLAIN),
-    "rm before": (7.0, 5.0, "reward model", PLAIN),
-    "eos before": (10.1, 5.0, "missing-EOS\npenalty", PLAIN),
-    "b": (13.2, 5.0, "mean over k:\nbaseline b(x)", OURS),
-    "x": (0.9, 3.3, "prompts x", PLAIN),
-    "policy": (3.9, 3.3, "policy π", PLAIN),
-    "rm": (7.0, 3.3, "reward model", PLAIN),
-    "eos": (10.1, 3.3, "missing-EOS\npenalty", PLAIN),
-    "contrast": (13.2, 3.3, "contrast\nr - c b", OURS),
-    "ref": (7.0, 1.7, "reference π_ref", PLAIN),
-    "token rewards": (10.1, 1.7, "token rewards: - β KL,\nreward on the last", PLAIN),
-    "scale": (13.2, 1.7, "scale α\n(optional)", OURS),
-    "step": (3.9, 0.0, "clipped step", PLAIN),
-    "whiten": (7.0, 0.0, "whiten", PLAIN),
-    "gae": (10.1, 0.0, "GAE", PLAIN),
-    "critic": (13.2, 0.0, "critic V", PLAIN),
+    "x": (3.4, 4.9, "prompts x", PLAIN),
+    "step": (0, 3.9, "clipped step", PLAIN),
+    "policy": (3.4, 3.9, "policy π", PLAIN),
+    "sft": (5.15, 3.9, "SFT policy", PLAIN),
+    "whiten": (0, 2.6, "whiten", PLAIN),
+    "ref": (1.8, 2.6, "reference\nπ_ref", PLAIN),
+    "rm": (3.4, 2.6, "reward\nmodel", PLAIN),
+    "rm before": (5.15, 2.6, "reward\nmodel", PLAIN),
+    "gae": (0, 1.3, "GAE", PLAIN),
+    "token rewards": (1.8, 1.3, "token rewards:\n- β KL, reward\non the last", PLAIN),
+    "eos": (3.4, 1.3, "missing-EOS\npenalty", PLAIN),
+    "eos before": (5.15, 1.3, "missing-EOS\npenalty", PLAIN),
+    "critic": (0, 0, "critic V", PLAIN),
+    "scale": (1.8, 0, "scale α\n(optional)", OURS),
+    "contrast": (3.4, 0, "contrast\nr - c b", OURS),
+    "b": (5.15, 0, "mean over k:\nbaseline b(x)", OURS),
 }
 ARROWS = {  # (from, to): what flows and its shape
     ("sft", "rm before"): "k responses\n(B k, T)",
@@ -40,10 +40,10 @@ ARROWS = {  # (from, to): what flows and its shape
     ("rm", "eos"): "r (B,)",
     ("eos", "contrast"): "r (B,)",
     ("contrast", "scale"): "(B,)",
-    ("policy", "ref"): "y, log_probs (B, T)",
+    ("policy", "ref"): "y, log_probs\n(B, T)",
     ("ref", "token rewards"): "(B, T)",
     ("scale", "token rewards"): "(B,)",
-    ("token rewards", "gae"): "R (B, T)",
+    ("token rewards", "gae"): "R\n(B, T)",
     ("critic", "gae"): "V (B, T)",
     ("gae", "whiten"): "A (B, T)",
     ("whiten", "step"): "A (B, T)",
@@ -53,28 +53,28 @@ ARROWS = {  # (from, to): what flows and its shape
 
 def picture():
     """The data flow of PPO with contrastive rewards, shapes on the arrows."""
-    figure, axis = plt.subplots(figsize=(11, 5.2))
+    figure, axis = plt.subplots(figsize=(6.8, 6))
     drawn = {}
     for name, (x, y, text, colour) in BOXES.items():
-        box = {"boxstyle": "round,pad=0.45", "facecolor": colour, "edgecolor": "#777777"}
-        drawn[name] = axis.text(x, y, text, ha="center", va="center", fontsize=9, bbox=box, zorder=3)
+        box = {"boxstyle": "round,pad=0.4", "facecolor": colour, "edgecolor": "#777777"}
+        drawn[name] = axis.text(x, y, text, ha="center", va="center", fontsize=10, bbox=box, zorder=3)
     for (first, second), label in ARROWS.items():
         ends = {"patchA": drawn[first].get_bbox_patch(), "patchB": drawn[second].get_bbox_patch(), "shrinkB": 2}
         (x0, y0), (x1, y1) = BOXES[first][:2], BOXES[second][:2]
         axis.annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", **ends})
         if x0 == x1:
-            axis.text(x0 + 0.15, (y0 + y1) / 2, label, ha="left", va="center", fontsize=8)
+            axis.text(x0 + 0.07, (y0 + y1) / 2, label, ha="left", va="center", fontsize=9)
         elif y0 == y1:
-            axis.text((x0 + x1) / 2, y0 + 0.1, label, ha="center", va="bottom", fontsize=8)
+            axis.text((x0 + x1) / 2, y0 + 0.06, label, ha="center", va="bottom", fontsize=9)
         else:
-            axis.text((x0 + x1) / 2 + 0.1, (y0 + y1) / 2 + 0.1, label, ha="left", va="bottom", fontsize=8)
-    bend = {"arrowstyle": "->", "connectionstyle": "arc3,rad=0.35"}
+            axis.text((x0 + x1) / 2 - 0.1, (y0 + y1) / 2 + 0.1, label, ha="right", va="bottom", fontsize=9)
+    bend = {"arrowstyle": "->", "connectionstyle": "arc3,rad=0.6"}
     bend |= {"patchA": drawn["gae"].get_bbox_patch(), "patchB": drawn["critic"].get_bbox_patch()}
     axis.annotate("", BOXES["critic"][:2], BOXES["gae"][:2], arrowprops=bend)
-    axis.text(11.7, -0.62, "returns A + V (B, T)", ha="center", va="top", fontsize=8)
-    axis.text(0.1, 5.0, "once, before PPO:", fontsize=9, style="italic", va="center")
-    axis.text(0.1, 4.15, "in every iteration:", fontsize=9, style="italic", va="center")
-    axis.set(xlim=(0, 14.3), ylim=(-0.95, 5.5))
+    axis.text(-0.5, 0.65, "returns\nA + V\n(B, T)", ha="right", va="center", fontsize=9)
+    axis.text(5.15, 4.35, "once, before PPO:", ha="center", fontsize=10, style="italic", va="center")
+    axis.text(-0.4, 4.9, "in every iteration:", fontsize=10, style="italic", va="center")
+    axis.set(xlim=(-1.05, 6.1), ylim=(-0.4, 5.2))
     axis.axis("off")
     show(figure, "00_picture")
 
