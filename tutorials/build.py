@@ -17,12 +17,11 @@ from torch import Tensor
 from crlhf import reviews
 from crlhf.config import PPOConfig
 from crlhf.engine.files import Progress
-from crlhf.engine.models import frozen_copy, scalar_model
 from crlhf.engine.text import decode, pad_prompts
 from crlhf.engine.training import adamw, gradient_step, learning_rate, prompts_of_iteration
 from crlhf.ppo import value_loss, whiten
 from tutorials.paired import minibatches_in_order, rollout_noise  # the library's random numbers
-from tutorials.start import tutorial_run
+from tutorials.start import networks, tutorial_run
 
 CONFIG = PPOConfig(iterations=20, batch_size=32, minibatches=2, lr=1.5e-3, critic_lr=1.5e-3, kl_coef=0.02)
 MAX_RESPONSE_TOKENS, SEED = 24, 0
@@ -115,9 +114,7 @@ def train(iterations: int = CONFIG.iterations) -> list[dict]:
     """
     run = tutorial_run()
     tokenizer, prompts, reward = run.tokenizer(), run.prompts("train"), run.noisy_reward()
-    policy = run.model("sft").double()
-    ref_policy = frozen_copy(policy)
-    critic = scalar_model(str(run.path("sft")), tokenizer.pad_token_id).double()  # predicts 0 at first
+    policy, ref_policy, critic = (network.double() for network in networks())
     optimizers = [adamw(policy), adamw(critic)]
     EOS, PAD = tokenizer.eos_token_id, tokenizer.pad_token_id
     baselines = {row["prompt"]: row["rewards"] for row in run.rows("baselines", "baselines")}

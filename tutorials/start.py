@@ -21,6 +21,7 @@ from crlhf import ppo, reviews
 from crlhf.config import Config, ContrastiveConfig, DataConfig, PPOConfig, RewardConfig, RunConfig, WorldConfig
 from crlhf.contrastive import ContrastiveReward
 from crlhf.engine.files import shuffled, stream
+from crlhf.engine.forward import Model
 from crlhf.engine.models import frozen_copy, scalar_model
 from crlhf.engine.text import Reward
 from crlhf.engine.training import Job, adamw, gradient_step
@@ -148,13 +149,20 @@ def ending(log: list[dict]) -> str:
     return f"{gold}  {kl}  {length}  ended {last['ended']:.2f}  |value| {last['value']:.2f}"
 
 
+def networks() -> tuple[Model, Model, Model]:
+    """What PPO starts from: the SFT policy, its frozen copy as the reference, and a critic of it that predicts 0."""
+    run = tutorial_run()
+    policy = run.model("sft")
+    return policy, frozen_copy(policy), scalar_model(str(run.path("sft")), run.tokenizer().pad_token_id)
+
+
 class Learner:
     """What a PPO run trains: the SFT policy and a critic made from it, an optimizer each; and the frozen reference."""
 
     def __init__(self, seed: int = 0):
         run = tutorial_run()
-        self.policy, self.critic = run.model("sft"), scalar_model(str(run.path("sft")), run.tokenizer().pad_token_id)
-        self.models = ppo.Models(self.policy, frozen_copy(self.policy), self.critic, run.tokenizer())
+        self.policy, ref_policy, self.critic = networks()
+        self.models = ppo.Models(self.policy, ref_policy, self.critic, run.tokenizer())
         self.optimizers = [adamw(self.policy), adamw(self.critic)]
         self.job = Job("ppo", run.path("ppo"), seed, RESPONSE_TOKENS)
 

@@ -11,10 +11,9 @@ import torch
 
 from crlhf import contrastive, ppo, reviews
 from crlhf.config import ContrastiveConfig, PPOConfig, UserError
-from crlhf.engine.models import frozen_copy, scalar_model
 from crlhf.engine.training import Job
 from tutorials.checks.learner import in_words, place
-from tutorials.start import show, tutorial_run
+from tutorials.start import networks, show, tutorial_run
 
 CLOSE = 0.1  # mean gap in gold of two curves that differ by a few tokens only
 
@@ -22,9 +21,7 @@ CLOSE = 0.1  # mean gap in gold of two curves that differ by a few tokens only
 def library_curve(config: PPOConfig, max_response_tokens: int, seed: int, iterations: int = 0) -> list[dict]:
     """What `train_ppo` logs with contrastive rewards on the shared run: a row for each iteration."""
     run = tutorial_run()
-    sft, tokenizer = run.model("sft"), run.tokenizer()
-    critic = scalar_model(str(run.path("sft")), tokenizer.pad_token_id)
-    models = ppo.Models(sft, frozen_copy(sft), critic, tokenizer)
+    models = ppo.Models(*networks(), run.tokenizer())
     baselines = {row["prompt"]: torch.tensor(row["rewards"]) for row in run.rows("baselines", "baselines")}
     contrast = contrastive.ContrastiveReward(baselines, ContrastiveConfig(), group_size=config.group_size)
     with tempfile.TemporaryDirectory() as folder:

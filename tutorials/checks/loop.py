@@ -11,20 +11,18 @@ from torch import Tensor
 from crlhf import contrastive, policy, ppo
 from crlhf.config import UserError
 from crlhf.engine.files import stream
-from crlhf.engine.models import scalar_model
 from crlhf.engine.text import pad_prompts
 from crlhf.engine.training import adamw
 from tutorials.checks.curves import compare_curves, trained
 from tutorials.checks.gaps import wrong_sample
 from tutorials.checks.learner import NotYet, call, require
-from tutorials.start import tutorial_run
+from tutorials.start import networks, tutorial_run
 
 
 def probe_rollout(module: types.ModuleType) -> tuple[dict, object, object, dict]:
     """A small rollout of the SFT policy, its parts from the library; policy, critic, and the right log-probs."""
     run = tutorial_run()
-    sft, tokenizer = run.model("sft").double(), run.tokenizer()
-    critic = scalar_model(str(run.path("sft")), tokenizer.pad_token_id).double()
+    (sft, _, critic), tokenizer = (network.double() for network in networks()), run.tokenizer()
     prompt = pad_prompts(tokenizer, run.prompts("train")[:8])
     draw = stream(0, "check broken")
     noise = -torch.rand(24, 8, len(tokenizer), generator=draw, dtype=torch.float64).log()
