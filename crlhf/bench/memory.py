@@ -31,6 +31,7 @@ from ..config import Config
 from ..dpo import dpo_loss, sequence_log_probs
 from ..engine.forward import Cache, Model, compute_in, recompute_activations, sampling, sequence_logits
 from ..engine.models import pick_device, pick_precision, read_model_config
+from ..engine.peak import peak_bytes, start_peak
 from ..engine.text import Batch
 from ..engine.training import adamw, gradient_step
 from ..pipeline.options import parse
@@ -231,12 +232,11 @@ def stage_bytes(stage: Callable, shape: Shape) -> int:
 def measured_bytes(stage: Callable, shape: Shape) -> int:
     """The same, read off a GPU on which the stage really runs, with random weights."""
     gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    with torch.device("cuda"):
+    device, before = torch.device("cuda"), torch.cuda.memory_allocated()
+    start_peak(device)
+    with device:
         stage(shape)
-    return torch.cuda.max_memory_allocated() - before
+    return peak_bytes(device) - before
 
 
 def model_shape(config: Config) -> PretrainedConfig:
