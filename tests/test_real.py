@@ -11,9 +11,8 @@ from crlhf.experiments.tables import read_csv
 from crlhf.law import measured_law, variance_ratio
 from crlhf.pipeline.options import parse
 
-R, seeds = (
-    importlib.import_module(f"crlhf.experiments.{name}") for name in ("real", "real_seeds")
-)  # not the functions
+# the functions have their modules' names
+R, seeds = (importlib.import_module(f"crlhf.experiments.{name}") for name in ("real", "real_seeds"))
 
 SECRET = "nobody may read this"
 STAGES = ("data", "sft", "preferences", "reward", "baselines", "ppo", "contrastive", "evaluation")
@@ -164,17 +163,13 @@ def test_other_seeds_stand_beside_the_first(tmp_path):
         seeds.real_seeds(tmp_path / "experiments", figures)
     for name in ("real_reviews", "real_reviews_1", "real_reviews_2"):
         write_run(tmp_path / name, "reviews", ["i loved the plot .", "i hated the plot ."])
-    write_run(tmp_path / "real_hh_1", "hh.jsonl.gz", [SECRET, SECRET], STAGES[:4])
+    write_run(tmp_path / "real_hh_1", "hh.jsonl.gz", [SECRET, SECRET], STAGES[:5])
+    write_run(tmp_path / "real_hh_2", "hh.jsonl.gz", [SECRET, SECRET], STAGES[:4])  # no baselines, no rho: left out
     R.real(tmp_path / "experiments", figures)
     text = seeds.real_seeds(tmp_path / "experiments", figures)
-    assert (
-        "| contrastive PPO | reward | +1.25 ± 0.80 | +1.25 ± 0.80 | +1.25 ± 0.80 | +1.25 ± 0.00 | +1.25 ± 0.00 |"
-        in text
-    )
-    assert (
-        text.count("| film reviews |") == 3
-        and "| HH-RLHF, harmless | 1 | 0.80 [0.49, 0.94] |  |  |  |  |  |  |" in text
-    )
+    cells = " | ".join(["+1.25 ± 0.80"] * 3 + ["+1.25 ± 0.00"] * 2)
+    assert f"| contrastive PPO | reward | {cells} |" in text and text.count("| film reviews |") == 3
+    assert "| HH-RLHF, harmless | 1 | 0.80 [0.49, 0.94] |  | 0.78 [" in text and "| HH-RLHF, harmless | 2 |" not in text
     assert "adaptive |" not in text and SECRET not in text
-    assert "HH-RLHF, harmless: mean seconds of a stage on the GPU: data 10, sft 11, preferences 12, reward 13." in text
+    assert "HH-RLHF, harmless: mean seconds of a stage, seeds 1 on: data 10, sft 11, preferences 12, " in text
     assert len(read_csv(figures / "real_seeds_results.csv")) == 6 and (figures / "real_seeds.png").exists()

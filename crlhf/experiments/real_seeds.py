@@ -1,4 +1,4 @@
-"""The runs of `real.py` again, with other seeds, on a GPU in bf16: what is luck in one run, and what isn't?
+"""The runs of `real.py` again, with other seeds: what is luck in one run, and what isn't?
 
 A seed changes all that was drawn: openings, demonstrations, pairs and their labels, the reward model, every response.
 """
@@ -31,9 +31,12 @@ def real_seeds(root: Path, figures: Path) -> str:
     ran, and so are its predictions: rho below 0.2 for the reviews and above it for HH-RLHF, a ratio that grows as the
     baselines go stale, and no difference between the methods beyond its interval.
     """
-    runs = [run for name in COMMANDS for run in sorted(root.parent.glob(f"{name}_[0-9]*")) if finished(run)]
+    found = [run for name in COMMANDS for run in sorted(root.parent.glob(f"{name}_[0-9]*"))]
+    runs = [run for run in found if "baselines" in finished(run)]
     if not runs:
-        raise UserError(f"there are no runs in {root.parent / 'real_reviews_1'}, ...: make some by '{command(1)}'")
+        raise UserError(
+            f"there are no runs with baselines in {root.parent / 'real_reviews_1'}, ...: make some by '{command(1)}'"
+        )
     for name, rows_of in (("law", law_rows), ("results", result_rows), ("cost", cost_rows)):
         if rows := [row for run in runs for row in rows_of(run)]:
             write_csv(figures / f"real_seeds_{name}.csv", rows)
@@ -91,22 +94,20 @@ def report(figures: Path) -> str:
             means = [plus_minus(mean_interval([gap for gap, _ in some.values()]), 2, "+") for some in (new, all_seeds)]
             lines.append([STYLES[method].title, key, *cells, *means])
     seeds = [f"seed {seed}" for seed in gaps(results, METHODS[0], "gold")]
-    parts.append(markdown(["minus plain PPO", "in", *seeds, "mean of those on the GPU", "of all"], lines))
+    parts.append(markdown(["minus plain PPO", "in", *seeds, "mean of seeds 1 on", "of all"], lines))
     for name in COMMANDS:
         seconds = {}
         for row in cost:
             if row["run"][0] == name and row["run"][1]:
                 seconds.setdefault(row["stage"], []).append(row["seconds"])
         stages = ", ".join(f"{stage} {sum(values) / len(values):.0f}" for stage, values in seconds.items())
-        parts.append(f"{TITLES[name]}: mean seconds of a stage on the GPU: {stages}.")
+        parts.append(f"{TITLES[name]}: mean seconds of a stage, seeds 1 on: {stages}.")
     return "\n\n".join([*parts, f"{NOTES}\n\n{fenced(command(1))}"])
 
 
 NOTES = """± and [ ] are 95% intervals: of a single seed over prompts or iterations, of a mean over seeds. Seed 0 is the
-run of `real.md`, on a CPU in fp32. The others ran on one NVIDIA H100 (80 GB) in bf16 (torch 2.11, transformers 5.17),
-six runs at a time, four of the reviews and two of HH-RLHF, so the seconds are those of a sixth of the GPU. The time on
-the machine ended while the two of HH-RLHF trained their contrastive policy; what is shown of them had been finished
-before. Model, rows and commands are `real.md`'s, with a folder and a seed of their own:"""
+run of `real.md`. A cell is empty where a run has not got so far, or has no such number. Model, rows and commands are
+`real.md`'s, with a folder and a seed of their own:"""
 
 
 def cell(row: dict | None) -> str:
@@ -119,6 +120,7 @@ def plot(figures: Path) -> str:
     """Left: rho of every run. Right: what contrast was worth in gold, against rho."""
     law, results = read(figures, "law"), read(figures, "results")
     rho = {row["run"]: row for row in select(law, quantity="rho")}
+    k = select(law, quantity="k")[0]["value"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(2, 3))
     for place, (run, row) in enumerate(rho.items()):
         margins = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
@@ -134,7 +136,7 @@ def plot(figures: Path) -> str:
         style = STYLES[method]
         right.errorbar(x, means, yerr=halves, fmt="o", color=style.color, capsize=3, label=style.title)
     for axis in (left, right):
-        axis.axvline(0.2, color="black", linestyle=":", label="break-even of the law, k = 4")
+        axis.axvline(1 / (k + 1), color="black", linestyle=":", label=f"break-even of the law, k = {k}")
     right.axhline(0, color="black", linewidth=0.8)
     right.set(title="Gold minus plain PPO, film reviews", xlabel="rho of the run", ylabel="gold")
     right.legend(fontsize=8)
