@@ -18,17 +18,13 @@ def run(arguments: list[str]) -> None:
         raise UserError("the folder that you are in was deleted: change into another one") from None
     command, others = (arguments or ["all"])[0], arguments[1:]
     if command == "experiment":
-        if len(others) != 1:
-            raise UserError("experiment takes one name, or all: python -m crlhf experiment compare")
-        from .experiments import main as run_experiment
-
-        run_experiment(others[0])
-    elif command == "benchmark":
+        raise UserError("experiments lie beside their figures now", "python -m figures NAME, or all")
+    if command == "benchmark":
         from .bench.benchmark import main as run_benchmark
 
         run_benchmark(others)
     elif command == "judge":
-        from .pipeline.judging import main as run_judge
+        from .judging.command import main as run_judge
 
         run_judge(others)
     elif command == "memory":

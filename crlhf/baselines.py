@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .config import BaselineConfig
+from .engine.checkpoint import Job
 from .engine.files import append_jsonl, slices, stream, whole_batches
 from .engine.forward import Model
 from .engine.text import Reward, Tokenizer
-from .engine.training import Job
 from .policy import generate
 
 

@@ -9,7 +9,10 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake the user can mend. Its text is one line: what is wrong, where, and the mend."""
+    """A mistake the user can mend. Its text is one line: what is wrong and where, a colon, and the mend."""
+
+    def __init__(self, what: str, mend: str = "") -> None:
+        super().__init__(f"{what}: {mend}" if mend else what)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import DPOConfig
+from .engine.checkpoint import Job
 from .engine.forward import Model
 from .engine.text import Batch, Tokenizer, make_batch
-from .engine.training import Job, fit
+from .engine.training import fit
 from .policy import response_log_probs
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .config import PPOConfig
+from .engine.checkpoint import Job
 from .engine.files import slices, stream
 from .engine.forward import Model
 from .engine.text import Batch, Reward, Tokenizer
-from .engine.training import Job
 from .law import Z
 from .policy import generate, response_log_probs
 

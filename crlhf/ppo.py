@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from .config import PPOConfig
 from .contrastive import ContrastiveReward
 from .engine import training
+from .engine.checkpoint import Checkpoint, Job
 from .engine.files import stream
 from .engine.forward import Model, in_fp32
+from .engine.order import prompts_of_iteration
 from .engine.text import Batch, Reward, Tokenizer, join
-from .engine.training import Checkpoint, Job
 from .policy import entropy_of, generate, log_probs_of, response_log_probs, response_logits, response_values
 
 # ------------------------------------------------------------------------------------------- pure functions
@@ -277,7 +278,7 @@ def train_ppo(
         clock = [time.perf_counter()]
         if contrastive:
             contrastive.refresh(models.policy, i)
-        batch = [prompts[row] for row in training.prompts_of_iteration(len(prompts), config, i, job.seed)]
+        batch = [prompts[row] for row in prompts_of_iteration(len(prompts), config, i, job.seed)]
         rollout = collect_rollout(models, batch, config, job, i)
         clock.append(time.perf_counter())
 

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import RewardConfig, RunConfig, UserError
+from .engine.checkpoint import Job
 from .engine.files import slices
 from .engine.forward import Model, context_length, sequence_logits
 from .engine.text import Reward, Tokenizer, encode_prompt, encode_response
-from .engine.training import Job, fit
+from .engine.training import fit
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, center_coef: float = 0.0) -> Tensor:

@@ -8,9 +8,10 @@ The prompt is context, not target. EOS is a response token: this is where the po
 from torch import Tensor
 
 from .config import SFTConfig
+from .engine.checkpoint import Job
 from .engine.forward import Model
 from .engine.text import Batch, Tokenizer, make_batch
-from .engine.training import Job, fit
+from .engine.training import fit
 from .policy import response_log_probs
 
 

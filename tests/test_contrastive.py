@@ -11,8 +11,8 @@ from datasets import load_dataset
 from crlhf import contrastive as C
 from crlhf.baselines import baseline_rewards, sample_baselines
 from crlhf.config import BaselineConfig, ContrastiveConfig, UserError
+from crlhf.engine.checkpoint import Checkpoint, Job
 from crlhf.engine.files import stream, write_jsonl
-from crlhf.engine.training import Checkpoint, Job
 
 
 def test_k_sample_mean_and_the_other_aggregates():

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, MambaConfig
 
 from crlhf.__main__ import main
 from crlhf.config import Config, UserError
-from crlhf.engine import hub, training
+from crlhf.engine import hub
+from crlhf.engine.checkpoint import Checkpoint, Job
 from crlhf.engine.models import load_model
 from crlhf.engine.tokenizers import word_tokenizer
 from crlhf.pipeline import checks, folder
@@ -409,10 +410,10 @@ def test_an_output_that_cannot_hold_a_character_or_is_closed(copied):
 
 
 def test_a_million_rows_of_metrics_are_saved_and_read_back(tmp_path):
-    checkpoint = training.Checkpoint(training.Job("x", tmp_path))
+    checkpoint = Checkpoint(Job("x", tmp_path))
     checkpoint.rows = [{"step": i, "loss": 0.5} for i in range(1_000_000)]
     checkpoint.save(1_000_000)
-    again = training.Checkpoint(training.Job("x", tmp_path))
+    again = Checkpoint(Job("x", tmp_path))
     assert again.resume() == 1_000_000 and again.rows == checkpoint.rows
     assert (tmp_path / "checkpoint.pt").stat().st_size < 10_000
 

@@ -21,7 +21,7 @@ import torch
 from test_export import FUNCTION, TINY, batch, load, rows_of
 
 from crlhf.__main__ import main
-from crlhf.bridge import advantages
+from tutorials import advantages
 
 pytestmark = pytest.mark.engines
 

@@ -5,9 +5,9 @@ import torch
 from conftest import random_model, word_counts
 
 from crlhf import evaluate as E
+from crlhf.engine.checkpoint import Job
 from crlhf.engine.files import stream
 from crlhf.engine.models import frozen_copy
-from crlhf.engine.training import Job
 
 
 def test_wilson_interval_against_textbook_values():

@@ -9,11 +9,11 @@ import torch
 
 from crlhf.config import Config
 from crlhf.engine.files import stream
-from crlhf.experiments import estimators as E
-from crlhf.experiments import harness
-from crlhf.experiments.tables import read_csv
-from crlhf.experiments.theorem import report, sample_successes
 from crlhf.policy import generate, response_log_probs
+from figures import estimators as E
+from figures import harness
+from figures.tables import read_csv
+from figures.theorem import report, sample_successes
 
 REWARDS = torch.tensor([[0.0, 3.0], [1.0, 2.0], [-1.0, 0.5]], dtype=torch.float64)  # two responses to each of 3 prompts
 POLICY = torch.tensor([0.3, 0.5, 0.9], dtype=torch.float64)  # chance of the second one
@@ -177,7 +177,7 @@ def small_world(monkeypatch):
         "difficulty": {"EARLY": (2,), "SAMPLES": 2},
         "theorem": {"RATES": (0.0, 0.5)},
     }
-    modules = {name: importlib.import_module(f"crlhf.experiments.{name}") for name in changes}  # not their functions
+    modules = {name: importlib.import_module(f"figures.{name}") for name in changes}  # not their functions
     monkeypatch.setattr(harness, "Config", tiny_config)
     monkeypatch.setattr(harness, "run_jobs", run_in_order)
     for name, constants in changes.items():

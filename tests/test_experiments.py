@@ -10,19 +10,18 @@ import sys
 import pytest
 import torch
 
-from crlhf import experiments
+import figures
 from crlhf.config import Config, UserError
 from crlhf.engine.files import Progress, read_jsonl, stream, write_jsonl
-from crlhf.experiments import choices, comparison, contenders, critics, hacking, tables
-from crlhf.experiments import harness as H
 from crlhf.law import best_share, measured_law
 from crlhf.pipeline.options import from_dict
 from crlhf.reviews import EXPLOIT
+from figures import choices, comparison, contenders, critics, hacking, tables
+from figures import harness as H
 
 # the functions of these have their modules' names
 dose, judged, labels, natural, rule, sweep = (
-    importlib.import_module(f"crlhf.experiments.{name}")
-    for name in ("dose", "judged", "labels", "natural", "rule", "sweep")
+    importlib.import_module(f"figures.{name}") for name in ("dose", "judged", "labels", "natural", "rule", "sweep")
 )
 
 TINY = {
@@ -100,7 +99,7 @@ def test_workers_hide_their_bars(monkeypatch):
 
 def test_unknown_experiment_is_named():
     with pytest.raises(UserError, match="no experiment 'nonsense': choose from all, "):
-        experiments.main("nonsense")
+        figures.main("nonsense")
 
 
 def tiny_config():
@@ -146,7 +145,7 @@ def test_every_experiment_runs_writes_its_csv_and_plots(small_world, tmp_path):
     """`compare` reads what `sweep` found."""
     names = "natural sweep dose critic compare uncentred samples labels judged rule adversary scale overoptimisation"
     for name in names.split():
-        text = experiments.EXPERIMENTS[name](tmp_path / "runs", tmp_path, (0, 1))
+        text = figures.EXPERIMENTS[name](tmp_path / "runs", tmp_path, (0, 1))
         rows = tables.read_csv(tmp_path / f"{name}.csv")
         assert {row["seed"] for row in rows} == {"0", "1"} and "| --- |" in text
         assert (tmp_path / f"{name}.png").exists()
@@ -166,7 +165,7 @@ def test_a_call_is_right_within_two_hundredths_of_the_best():
 
 
 def test_every_experiment_states_its_prediction():
-    for function in experiments.EXPERIMENTS.values():
+    for function in figures.EXPERIMENTS.values():
         assert function.__doc__.count("Prediction") == 1
 
 
@@ -206,7 +205,7 @@ def test_tuned_reads_what_the_sweep_found(tmp_path):
     assert sweep.tuned(tmp_path, "dpo", 1.0) == {"world.prompt_bias": 0.0, "dpo.lr": 0.00025, "dpo.beta": 0.1}
     with pytest.raises(UserError, match="sweep_best.csv has no line for 'adaptive' at sd 0: run "):
         sweep.tuned(tmp_path, "adaptive", 0.0)
-    with pytest.raises(UserError, match="sweep_best.csv is missing: run 'python -m crlhf experiment sweep' first"):
+    with pytest.raises(UserError, match="sweep_best.csv is missing: run 'python -m figures sweep' first"):
         sweep.tuned(tmp_path / "none", "ppo", 0.0)
 
 

@@ -16,7 +16,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification
 
 from crlhf.__main__ import main
-from crlhf.bridge import advantages
 from crlhf.bridge.engines import ENGINES
 from crlhf.bridge.export import added_bos, filled
 from crlhf.config import ExportConfig
@@ -25,6 +24,7 @@ from crlhf.engine.text import encode_prompt
 from crlhf.engine.tokenizers import bpe_tokenizer
 from crlhf.pipeline.options import from_dict
 from crlhf.pipeline.pipeline import Pipeline
+from tutorials import advantages
 
 TINY = (
     "--demonstrations 200 --pairs 60 --train-prompts 12 --eval-prompts 8 --sft-epochs 1 --reward-epochs 1 "

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from crlhf import experiments
+import figures
 from crlhf.evaluate import mean_interval
-from crlhf.experiments import choices, comparison, critics, hacking, tables
 from crlhf.reviews import NATURAL_OFFSET
+from figures import choices, comparison, critics, hacking, tables
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "figures"
-real_seeds = importlib.import_module("crlhf.experiments.real_seeds")  # the function has its module's name
+real_seeds = importlib.import_module("figures.real_seeds")  # the function has its module's name
 MODULES = ("natural", "sweep", "dose", "labels", "judged", "judges", "rule", "variance", "difficulty", "theorem")
 REPORTS = {
-    **{name: importlib.import_module(f"crlhf.experiments.{name}").report for name in MODULES if name != "theorem"},
-    "theorem": importlib.import_module("crlhf.experiments.theorem").theorem_report,
+    **{name: importlib.import_module(f"figures.{name}").report for name in MODULES if name != "theorem"},
+    "theorem": importlib.import_module("figures.theorem").theorem_report,
     "critic": critics.report,
     "compare": comparison.report,
     "uncentred": partial(comparison.report, experiment="uncentred"),
@@ -36,7 +36,7 @@ def numbers(text: str) -> set[str]:
 
 
 def test_every_experiment_has_a_report_and_a_section():
-    assert set(REPORTS) == set(SECTIONS) == {function.__name__ for function in experiments.QUESTIONS}
+    assert set(REPORTS) == set(SECTIONS) == {function.__name__ for function in figures.QUESTIONS}
 
 
 @pytest.mark.parametrize("name", [*REPORTS, "real_seeds"])
@@ -47,7 +47,7 @@ def test_a_table_is_made_from_its_csv(name):
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_a_section_quotes_its_table_to_the_printed_digit(name):
-    said = numbers((FIGURES / f"{name}.md").read_text()) | numbers(experiments.EXPERIMENTS[name].__doc__)
+    said = numbers((FIGURES / f"{name}.md").read_text()) | numbers(figures.EXPERIMENTS[name].__doc__)
     assert numbers(SECTIONS[name]) - said == set()
 
 
@@ -59,7 +59,7 @@ def test_the_readme_quotes_tables_to_the_printed_digit():
     assert len(cells) > 10 and not [line for line in cells if line not in lines]
     for paragraph in lead.split("\n\n"):
         for name in re.findall(r"experiment (\w+)", paragraph):  # a paragraph that names its experiment quotes that one
-            own = (FIGURES / f"{name}.md").read_text() + experiments.EXPERIMENTS[name].__doc__
+            own = (FIGURES / f"{name}.md").read_text() + figures.EXPERIMENTS[name].__doc__
             assert numbers(paragraph) - numbers(own) <= {"95%"}, paragraph
     rest = (FIGURES / "README.md").read_text()
     for section in SECTIONS.values():

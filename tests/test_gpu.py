@@ -12,11 +12,11 @@ from crlhf import ppo
 from crlhf.bench import memory
 from crlhf.config import Config, PPOConfig, SFTConfig
 from crlhf.engine import training
+from crlhf.engine.checkpoint import Job
 from crlhf.engine.files import stream
 from crlhf.engine.forward import compute_in, recompute_activations
 from crlhf.engine.models import frozen_copy
 from crlhf.engine.text import make_batch
-from crlhf.engine.training import Job
 from crlhf.sft import train_sft
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

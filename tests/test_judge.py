@@ -16,13 +16,13 @@ import pytest
 import torch
 from conftest import CHROMIUM, browse
 
-from crlhf import judge as J
 from crlhf.__main__ import main
 from crlhf.config import Config, JudgeConfig, UserError
 from crlhf.engine.files import read_json, read_jsonl, stream, write_json, write_jsonl
-from crlhf.pipeline import people
+from crlhf.judging import judge as J
+from crlhf.judging import people
 
-judges = importlib.import_module("crlhf.experiments.judges")  # whose function has its name
+judges = importlib.import_module("figures.judges")  # whose function has its name
 
 PROMPTS = [f"the plot was dull number {i} ." for i in range(30)]
 

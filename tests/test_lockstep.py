@@ -21,9 +21,10 @@ from test_engines import needs
 
 from crlhf.config import ContrastiveConfig, PPOConfig
 from crlhf.contrastive import ContrastiveReward
-from crlhf.engine import training
+from crlhf.engine import checkpoint, training
 from crlhf.engine.files import stream
 from crlhf.engine.models import frozen_copy, save, scalar_model, tiny_model
+from crlhf.engine.order import prompts_of_iteration
 from crlhf.engine.text import decode, pad_prompts
 from crlhf.engine.tokenizers import wrap
 from crlhf.policy import sample
@@ -80,7 +81,7 @@ def trl_parameters(folder, policy, critic, tokenizer, prompts):
     config_class = importlib.import_module("trl.experimental.ppo").PPOConfig
     contrastive, batches, seen = contrastive_reward(prompts), [], []
     for i in range(CONFIG.iterations):
-        rows = training.prompts_of_iteration(len(prompts), CONFIG, i, 0)
+        rows = prompts_of_iteration(len(prompts), CONFIG, i, 0)
         batches.append([prompts[row] for row in rows])
 
     def batch_generation(model, queries, size, pad_id, generation_config):
@@ -153,7 +154,7 @@ def test_trl_and_we_have_the_same_parameters_after_ten_iterations(tmp_path):
 
     models = Models(policy, frozen_copy(policy), critic, tokenizer)
     (tmp_path / "ppo").mkdir()
-    job = training.Job("ppo", tmp_path / "ppo", max_response_tokens=T)
+    job = checkpoint.Job("ppo", tmp_path / "ppo", max_response_tokens=T)
     rows = train_ppo(models, reward, prompts, CONFIG, job, contrastive_reward(prompts))
     theirs, seen = trl_parameters(tmp_path / "trl", their_policy, their_critic, tokenizer, prompts)
     lengths = {len(text.split()) for texts in ours for text in texts}

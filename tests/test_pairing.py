@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from crlhf.engine.files import stream
-from crlhf.experiments.pairing import WAYS
+from figures.pairing import WAYS
 
 
 @pytest.mark.parametrize("way", WAYS)

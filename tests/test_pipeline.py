@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from crlhf.__main__ import main
 from crlhf.config import PRETRAINED, Config
-from crlhf.engine import training
+from crlhf.engine import checkpoint as checkpoints
+from crlhf.engine.checkpoint import Checkpoint, Job
 from crlhf.engine.files import Progress, slices
 from crlhf.engine.models import pick_device, pick_precision
-from crlhf.engine.training import Checkpoint, Job
 from crlhf.pipeline.options import options, parse
 from crlhf.pipeline.pipeline import Pipeline
 
@@ -279,8 +279,8 @@ def test_our_own_errors_are_not_blamed_on_a_users_function(tmp_path, monkeypatch
 def test_a_checkpoint_is_saved_no_oftener_than_it_pays(tmp_path, monkeypatch):
     """Saving takes at most a twentieth of the time: after a save of 1 s the next one waits 20 s."""
     now = [0.0]
-    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
-    checkpoint, saves = training.Checkpoint(training.Job("x", tmp_path, checkpoint_seconds=2.0)), []
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now[0])
+    checkpoint, saves = Checkpoint(Job("x", tmp_path, checkpoint_seconds=2.0)), []
 
     def save(step):
         saves.append(step)
@@ -379,7 +379,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys)
 
 
 def test_metrics_grow_while_a_stage_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "METRICS_SECONDS", 0)
+    monkeypatch.setattr(checkpoints, "METRICS_SECONDS", 0)
     checkpoint, seen = Checkpoint(Job("ppo", tmp_path, checkpoint_seconds=1e9)), []
     for step in checkpoint.steps(3):
         seen.append(len(lines(tmp_path / "metrics.jsonl")))

@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from crlhf import ppo
 from crlhf.config import ContrastiveConfig, PPOConfig, UserError
 from crlhf.contrastive import ContrastiveReward
-from crlhf.engine import training
+from crlhf.engine import order, training
+from crlhf.engine.checkpoint import Job
 from crlhf.engine.files import stream
 from crlhf.engine.forward import compute_in, recompute_activations
 from crlhf.engine.models import frozen_copy, tiny_model
-from crlhf.engine.training import Job
 from crlhf.reviews import gold_reward
 
 # ------------------------------------------------------------------------------------------ KL estimators
@@ -387,8 +387,8 @@ def test_a_critic_that_diverges_is_told_from_a_policy_that_does(tokenizer, polic
 def test_an_epoch_is_shuffled_once_and_not_at_every_step(monkeypatch):
     calls = []
     monkeypatch.setattr(training, "shuffled", lambda n, *names: calls.append(names) or list(range(n)))
-    training.epoch_order.cache_clear()
+    order.epoch_order.cache_clear()
     for step in range(20):
-        training.rows_of_step(100, 10, step, 0, "counted")
-    training.epoch_order.cache_clear()
+        order.rows_of_step(100, 10, step, 0, "counted")
+    order.epoch_order.cache_clear()
     assert len(calls) == 2

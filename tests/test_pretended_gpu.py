@@ -16,11 +16,12 @@ from crlhf.config import BaselineConfig, ContrastiveConfig, DPOConfig, PPOConfig
 from crlhf.contrastive import ContrastiveReward
 from crlhf.dpo import train_dpo
 from crlhf.engine import training
+from crlhf.engine.checkpoint import Job
 from crlhf.engine.files import stream
-from crlhf.engine.forward import autocast, compute_in, product_dtype, recompute_activations
+from crlhf.engine.forward import autocast, compute_in, recompute_activations
+from crlhf.engine.gpt2 import product_dtype
 from crlhf.engine.models import frozen_copy, save, scalar_model
 from crlhf.engine.text import Batch
-from crlhf.engine.training import Job
 from crlhf.evaluate import evaluate_policy
 from crlhf.pipeline.rewards import ModelReward
 from crlhf.reward import train_reward_model

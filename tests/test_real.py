@@ -7,12 +7,12 @@ import torch
 
 from crlhf.config import UserError
 from crlhf.engine.files import write_json, write_jsonl
-from crlhf.experiments.tables import read_csv
 from crlhf.law import measured_law, variance_ratio
 from crlhf.pipeline.options import parse
+from figures.tables import read_csv
 
 # the functions have their modules' names
-R, seeds = (importlib.import_module(f"crlhf.experiments.{name}") for name in ("real", "real_seeds"))
+R, seeds = (importlib.import_module(f"figures.{name}") for name in ("real", "real_seeds"))
 
 SECRET = "nobody may read this"
 STAGES = ("data", "sft", "preferences", "reward", "baselines", "ppo", "contrastive", "evaluation")

@@ -9,9 +9,9 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2For
 
 from crlhf import reviews
 from crlhf.config import RewardConfig, UserError
+from crlhf.engine.checkpoint import Job
 from crlhf.engine.files import stream
 from crlhf.engine.models import save, scalar_model
-from crlhf.engine.training import Job
 from crlhf.pipeline.rewards import ModelReward
 from crlhf.reward import bradley_terry_loss, preference_accuracy, train_reward_model
 

@@ -9,10 +9,12 @@ from conftest import random_model, word_counts
 from crlhf import reviews
 from crlhf.config import DPOConfig, RewardConfig, SFTConfig
 from crlhf.dpo import dpo_loss, sequence_log_probs, train_dpo
+from crlhf.engine.checkpoint import Job
 from crlhf.engine.files import stream
 from crlhf.engine.models import frozen_copy, save, scalar_model, tiny_model
+from crlhf.engine.order import rows_of_step
 from crlhf.engine.text import make_batch
-from crlhf.engine.training import Job, gradient_step, learning_rate, rows_of_step, steps_in
+from crlhf.engine.training import gradient_step, learning_rate, steps_in
 from crlhf.policy import generate, response_log_probs
 from crlhf.reward import train_reward_model
 from crlhf.sft import sft_loss, train_sft

@@ -12,8 +12,9 @@ from torch import Tensor
 from crlhf import reviews
 from crlhf.config import PPOConfig
 from crlhf.engine.files import Progress
+from crlhf.engine.order import prompts_of_iteration
 from crlhf.engine.text import decode, pad_prompts
-from crlhf.engine.training import adamw, gradient_step, learning_rate, prompts_of_iteration
+from crlhf.engine.training import adamw, gradient_step, learning_rate
 from tutorials.paired import minibatches_in_order, rollout_noise  # the library's random numbers
 from tutorials.start import networks, tutorial_run
 

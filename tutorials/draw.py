@@ -6,7 +6,7 @@ import torch
 from crlhf.config import METHODS
 from crlhf.contrastive import contrast
 from crlhf.evaluate import column
-from crlhf.experiments.tables import distinct, select
+from figures.tables import distinct, select
 from tutorials.start import show
 
 # ----------------------------------------------------------------------------------------- 0. the whole thing

@@ -20,20 +20,21 @@ from torch import Tensor
 from crlhf import ppo, reviews
 from crlhf.config import Config, ContrastiveConfig, DataConfig, PPOConfig, RewardConfig, RunConfig, WorldConfig
 from crlhf.contrastive import ContrastiveReward
+from crlhf.engine.checkpoint import Job
 from crlhf.engine.files import shuffled, stream
 from crlhf.engine.forward import Model
 from crlhf.engine.models import frozen_copy, scalar_model
 from crlhf.engine.text import Reward
-from crlhf.engine.training import Job, adamw, gradient_step
+from crlhf.engine.training import adamw, gradient_step
 from crlhf.evaluate import mean_interval
-from crlhf.experiments.rule import settings as all_settings
-from crlhf.experiments.tables import difference, distinct, plus_minus, read_rows, select, values
 from crlhf.pipeline.options import parse
 from crlhf.pipeline.pipeline import Pipeline
 from crlhf.pipeline.rewards import ModelReward
 from crlhf.pipeline.run import run_to
 from crlhf.policy import generate
 from crlhf.reward import train_reward_model
+from figures.rule import settings as all_settings
+from figures.tables import difference, distinct, plus_minus, read_rows, select, values
 
 torch.set_num_threads(1)  # models this small gain nothing from more
 RESPONSE_TOKENS = DataConfig.max_response_tokens
@@ -183,7 +184,7 @@ class Learner:
 
 
 def experiment(name: str) -> list[dict]:
-    """The rows that `python -m crlhf experiment NAME` wrote."""
+    """The rows that `python -m figures NAME` wrote."""
     return read_rows(Path("figures") / f"{name}.csv")
 
 

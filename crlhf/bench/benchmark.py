@@ -27,12 +27,12 @@ from transformers.activations import ACT2FN
 
 from ..baselines import sample_baselines
 from ..config import BaselineConfig, PPOConfig, UserError
+from ..engine.checkpoint import Job
 from ..engine.files import stream
 from ..engine.forward import Model, autocast, compute_in
 from ..engine.models import frozen_copy, pick_device, pick_precision, save, scalar_model, tiny_model
 from ..engine.text import Tokenizer, pad_prompts
 from ..engine.tokenizers import wrap
-from ..engine.training import Job
 from ..pipeline.options import Parser
 from ..pipeline.rewards import ModelReward
 from ..ppo import Models, train_ppo

@@ -25,6 +25,7 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers import PreTrainedModel as Model
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .gpt2 import is_lean, lean_states, product_dtype, seen_mask
 from .text import pad, positions
 
 # ------------------------------------------------------------------------------------------ any causal model
@@ -154,7 +155,7 @@ class Cache:
         mask = self.mask[:, : self.n_columns + ids.shape[1]]
         with autocast(self.model):
             if is_lean(self.model):
-                states = lean_states(self.model.transformer, ids, mask, self.position, 1, self)
+                states = lean_states(self.model.transformer, ids, mask, self.position, 1, self.store)
                 logits = in_fp32(self.model.lm_head, states[:, -1])
             else:
                 inputs = library_inputs(self.model, ids, mask, self.position)
@@ -190,109 +191,3 @@ def recompute_activations(model: nn.Module) -> None:
     for block in model.modules():
         if isinstance(block, GradientCheckpointingLayer):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-
-
-# --------------------------------------------------------------------------------------- the lean path of GPT-2
-
-
-def is_lean(model: Model) -> bool:
-    """Is this a plain GPT-2 (language model, reward model or critic) without options that are left out below?"""
-    config = model.config
-    return (
-        config.model_type == "gpt2"
-        and config.activation_function in ("gelu_new", "gelu_pytorch_tanh")  # the same function
-        and config.scale_attn_weights
-        and not config.scale_attn_by_inverse_layer_idx
-        and not config.add_cross_attention
-        and "forward" not in vars(model.transformer.h[0])  # recompute_activations replaces it
-    )
-
-
-def product_dtype(device: torch.device) -> torch.dtype:
-    """In which precision matrix products come out here."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-
-
-def lean_states(
-    trunk: nn.Module, ids: Tensor, mask: Tensor, position_ids: Tensor, last: int, cache: Cache | None = None
-) -> Tensor:
-    """Hidden states after the final norm of the `last` columns: (B, n) new ids -> (B, last, D).
-
-    mask: (B, L) bool over all L columns so far, of which the ids are the last n. Without a cache n = L.
-    The final block computes keys and values of all columns, and the rest only of those that are asked for.
-    """
-    n = ids.shape[1]
-    x = F.embedding(ids, trunk.wte.weight) + F.embedding(position_ids, trunk.wpe.weight)
-    hidden = hiding_mask(mask, n, cache.length if cache else n, product_dtype(ids.device))
-    for number, block in enumerate(trunk.h, 1):
-        read = last if number == len(trunk.h) else n
-        x = through_block(block, x, hidden, read, cache.store[number - 1] if cache else None, mask.shape[1] - n)
-    return norm(x, trunk.ln_f)
-
-
-def hiding_mask(mask: Tensor, n: int, length: int, dtype: torch.dtype) -> Tensor:
-    """`seen_mask` as numbers to add to the scores: 0 or -inf, (B, 1, n, length), made once for all layers."""
-    seen = seen_mask(mask, n, length)
-    return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill_(~seen, float("-inf"))
-
-
-def seen_mask(mask: Tensor, n: int, length: int) -> Tensor:
-    """Which columns the last n see: (B, columns so far) bool of real tokens -> (B, 1, n, length) bool.
-
-    A new token sees itself and the real tokens before it. Padding sees itself, so that no row of the softmax
-    is empty. Columns from there to `length` are yet to come, and hidden.
-    """
-    L = mask.shape[1]
-    if n == 1:
-        return F.pad(mask, (0, length - L))[:, None, None]
-    column = torch.arange(L, device=mask.device)
-    row = column[L - n :, None]
-    return (((column <= row) & mask[:, None, :]) | (column == row))[:, None]
-
-
-def through_block(block: nn.Module, x: Tensor, hidden: Tensor, last: int, store: Tensor | None, start: int) -> Tensor:
-    """One transformer block, of which only the `last` columns are read: (B, n, D) -> (B, last, D).
-
-    store: keys and values of this block's cache, (2, B, heads, L, size), or None; new ones go from column `start` on.
-    """
-    B, n, D = x.shape
-    heads = block.attn.num_heads
-    qkv = linear(norm(x, block.ln_1), block.attn.c_attn).view(B, n, 3, heads, D // heads)
-    query, key, value = qkv = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, n, size) each
-    if store is not None:
-        store[:, :, :, start : start + n] = qkv[1:]
-    if last < n:
-        x, query, hidden = x[:, -last:], query[:, :, -last:], hidden[:, :, -last:]
-    if store is None or n > 1:  # a whole text, or a prompt: the new tokens are all there are
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=hidden)
-    else:  # all columns of the cache, those to come too: cutting them off saves little, and costs with small heads
-        attended = attend_once(query, *store, hidden)
-    x = x + linear(attended.transpose(1, 2).reshape(B, last, D), block.attn.c_proj)
-    # autograd would have to keep every step of quick_gelu, so it is for sampling only
-    gelu = quick_gelu if store is not None and x.device.type == "cpu" else partial(F.gelu, approximate="tanh")
-    return x + linear(gelu(linear(norm(x, block.ln_2), block.mlp.c_fc)), block.mlp.c_proj)
-
-
-def attend_once(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
-    """Attention of one query a row, (B, heads, 1, size), as two batched products: on CPUs up to twice as quick as
-    the fused kernel, which is made for many queries. hidden: (B, 1, 1, L), added to the scores."""
-    B, heads, _, size = query.shape
-    hidden = hidden.expand(-1, heads, -1, -1).reshape(B * heads, 1, -1)
-    query, keys, values = (x.reshape(B * heads, -1, size) for x in (query, keys, values))
-    weights = torch.baddbmm(hidden, query, keys.transpose(1, 2), alpha=size**-0.5).softmax(-1)
-    return torch.bmm(weights, values).view(B, heads, 1, size)
-
-
-def linear(x: Tensor, layer: nn.Module) -> Tensor:
-    """Hugging Face's GPT-2 keeps its weights as (in, out): x @ W + b."""
-    return torch.addmm(layer.bias, x.view(-1, x.shape[-1]), layer.weight).view(*x.shape[:-1], -1)
-
-
-def norm(x: Tensor, layer: nn.Module) -> Tensor:
-    return F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """GPT-2's tanh approximation through 1/2 (1 + tanh u) = sigmoid(2u): twice as quick as the fused one on CPUs."""
-    u = (0.044715 * x).mul_(x).mul_(x).add_(x).mul_(2 * (2 / torch.pi) ** 0.5)  # in place: in the processor's cache
-    return u.sigmoid_().mul_(x)

@@ -9,11 +9,11 @@ from transformers import AutoModelForSequenceClassification
 
 from .. import reviews
 from ..config import Config
+from ..engine.checkpoint import Job
 from ..engine.files import read_jsonl
 from ..engine.forward import Model, compute_in
 from ..engine.models import load_model, load_tokenizer, pick_device, pick_precision
 from ..engine.text import Reward, Tokenizer
-from ..engine.training import Job
 from .output import show
 from .rewards import ModelReward, load_function_reward
 

@@ -18,9 +18,9 @@ from ..dpo import train_dpo
 from ..engine.files import slices, stream, write_json, write_jsonl
 from ..engine.forward import recompute_activations
 from ..engine.models import frozen_copy, load_model, load_tokenizer, save, scalar_model, tiny_model
+from ..engine.order import prompt_order
 from ..engine.text import encode_response
 from ..engine.tokenizers import bpe_tokenizer, training_texts, word_tokenizer
-from ..engine.training import prompt_order
 from ..evaluate import evaluate_policy
 from ..law import law_in_words, measured_law, within_correlation
 from ..policy import generate

@@ -11,7 +11,7 @@ import torch
 
 from crlhf import contrastive, ppo, reviews
 from crlhf.config import ContrastiveConfig, PPOConfig, UserError
-from crlhf.engine.training import Job
+from crlhf.engine.checkpoint import Job
 from tutorials.checks.learner import in_words, place
 from tutorials.start import networks, show, tutorial_run
 
