@@ -4,8 +4,6 @@ In the folder of the comparison lie pairs.jsonl (blind), key.json (who is who), 
 call, by a hash of what was asked: what is there isn't asked again), people.html, judge.csv, judge.png and judge.md.
 """
 
-import argparse
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 from ..config import JudgeConfig, UserError
 from ..engine.files import Progress, append_jsonl, json_lines, write_atomic, write_json
 from ..pipeline import folder as runs
-from ..pipeline.options import Parser, check_value, read_bool
+from ..pipeline.options import Parser, add_options, read_settings
 from ..pipeline.output import show
 from ..pipeline.reading import read_rows
 from . import judge, people
@@ -99,17 +97,11 @@ def parse(arguments: list[str]) -> tuple[Path | None, list[str], JudgeConfig]:
     parser = Parser(prog="python -m crlhf judge", usage="python -m crlhf judge [RUN] [--option VALUE ...]",
                     description=ABOUT, allow_abbrev=False)  # fmt: skip
     parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a run")
-    for knob in dataclasses.fields(JudgeConfig):
-        kind = read_bool if knob.type is bool else knob.type
-        text = f"{knob.metadata['help']} (default: {knob.default!r})".replace("%", "%%")
-        parser.add_argument(f"--{option(knob.name)}", dest=knob.name, type=kind, metavar=knob.name.upper(), help=text,
-                            default=argparse.SUPPRESS)  # fmt: skip
+    add_options(parser, JudgeConfig)
     parser.add_argument("--collect", nargs="+", metavar="FILE", default=[], help="what raters sent back")
     values = vars(parser.parse_args(arguments))
     run, files = values.pop("run", None), values.pop("collect")
-    c = JudgeConfig(**values)
-    for knob in dataclasses.fields(c):
-        check_value(option(knob.name), getattr(c, knob.name), knob.metadata)
+    c = read_settings(JudgeConfig, values)
     if run is not None and not runs.is_run(Path(run)):
         raise UserError(f"{run} is no folder of a run: give one that 'python -m crlhf' has made")
     if run is None and not c.out:
@@ -117,10 +109,6 @@ def parse(arguments: list[str]) -> tuple[Path | None, list[str], JudgeConfig]:
     if files:
         c.by = "people"
     return (None if run is None else Path(run)), files, c
-
-
-def option(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def read_side(run: Path | None, name: str, side: str) -> list[dict]:

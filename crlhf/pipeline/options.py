@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..config import METHODS, PRETRAINED, Config, ModelConfig, UserError
 
@@ -45,10 +45,7 @@ def parse(arguments: list[str]) -> tuple[str, bool, Config]:
             if group in PRETRAINED and other != knob.default
             else knob.default
         )
-        text = f"{knob.metadata['help']} (default: {default})".replace("%", "%%")
-        shown = {"metavar": knob.name.upper(), "help": text, "default": argparse.SUPPRESS}
-        kind = read_bool if knob.type is bool else knob.type
-        groups[group].add_argument(f"--{name}", dest=f"{group}.{knob.name}", type=kind, **shown)
+        add_option(groups[group], name, f"{group}.{knob.name}", knob, default)
     for argument in arguments:
         if any(0xD800 <= ord(character) < 0xE000 for character in argument):
             raise UserError(f"the argument {argument!a} is not valid UTF-8: use other names")
@@ -64,6 +61,35 @@ def parse(arguments: list[str]) -> tuple[str, bool, Config]:
     if stage in METHODS and stage not in config.method_list():
         config.run.methods += f",{stage}"
     return stage, redo, config
+
+
+def add_option(
+    parser: argparse._ActionsContainer, name: str, destination: str, knob: dataclasses.Field, default: object
+) -> None:
+    """One option of a knob of config.py; what isn't given stays out of the parsed values."""
+    text = f"{knob.metadata['help']} (default: {default})".replace("%", "%%")
+    kind = read_bool if knob.type is bool else knob.type
+    parser.add_argument(
+        f"--{name}", dest=destination, type=kind, metavar=knob.name.upper(), help=text, default=argparse.SUPPRESS
+    )
+
+
+def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
+    """An option for every knob of a dataclass, for the commands besides the run."""
+    for knob in dataclasses.fields(settings):
+        add_option(parser, option_name(knob), knob.name, knob, repr(knob.default))
+
+
+def read_settings(settings: type, values: dict) -> Any:
+    """The dataclass with these values, each inside its range."""
+    filled = settings(**values)
+    for knob in dataclasses.fields(settings):
+        check_value(option_name(knob), getattr(filled, knob.name), knob.metadata)
+    return filled
+
+
+def option_name(knob: dataclasses.Field) -> str:
+    return knob.name.replace("_", "-")
 
 
 def leave_training_out(config: Config, given: set[str]) -> None:
