@@ -12,6 +12,7 @@ heads (logits, values, rewards), stay in fp32, for a bf16 logit of 64 can be off
 Columns that are padding have mask False. A token's position is its place among the real ones of its row.
 """
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -149,6 +150,8 @@ class Cache:
                 self.store = torch.zeros(size, device=prompt_mask.device, dtype=product_dtype(prompt_mask.device))
         else:
             self.library = OneTypeCache(config=config)
+            takes = inspect.signature(model.forward).parameters
+            self.argument = "cache_params" if "cache_params" in takes else "past_key_values"  # Mamba ignores the latter
 
     def next_logits(self, ids: Tensor) -> Tensor:
         """Read (B, n) new ids and return the logits of the token after them: (B, V)."""
@@ -159,27 +162,26 @@ class Cache:
                 logits = in_fp32(self.model.lm_head, states[:, -1])
             else:
                 inputs = library_inputs(self.model, ids, mask, self.position)
+                inputs[self.argument] = self.library
                 with library_head(self.model):
-                    output = self.model(**inputs, past_key_values=self.library, use_cache=True, logits_to_keep=1)
+                    output = self.model(**inputs, use_cache=True, logits_to_keep=1)
                 logits = output.logits[:, -1]
         self.n_columns, self.position = self.n_columns + ids.shape[1], self.position[:, -1:] + 1
         return logits
 
     def repeat(self, k: int) -> None:
         """Every row k times, one after another."""
-        self.mask, self.position = self.mask.repeat_interleave(k, 0), self.position.repeat_interleave(k, 0)
-        if is_lean(self.model):
-            self.store = self.store.repeat_interleave(k, 2)
-        else:
-            self.library.batch_repeat_interleave(k)
+        rows = torch.arange(len(self.mask), device=self.mask.device)
+        self.keep(rows.repeat_interleave(k))
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with some rows only."""
-        self.mask, self.position = self.mask[rows], self.position[rows]
+        """Go on with these rows only, in this order; a row may be named more than once."""
+        self.mask = self.mask[rows]
+        self.position = self.position[rows]
         if is_lean(self.model):
             self.store = self.store[:, :, rows]
         else:
-            self.library.batch_select_indices(rows)
+            self.library.reorder_cache(rows)  # the only way that layers of linear attention have, too
 
 
 def recompute_activations(model: nn.Module) -> None:
