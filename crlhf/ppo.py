@@ -300,9 +300,11 @@ def train_ppo(
             row |= {"coefficient": contrastive.coefficient, "scale": contrastive.scale}
         row["advantage_std"] = masked_variance(advantages, mask).item() ** 0.5
         row |= {**losses, "lr": lrs[0], **training.phase_seconds(clock, len(batch))}
-        critic, actor = row["value_loss"] + row["critic_grad_norm"], row["policy_loss"] + row["grad_norm"]
-        training.require_finite(critic, "critic", i, "--ppo-critic-lr", config.critic_lr)  # first: its nan spreads
-        training.require_finite(actor, job.name, i, "--ppo-lr", config.lr)
+        if models.critic is not None:  # first: its nan spreads to the policy
+            critic_health = row["value_loss"] + row["critic_grad_norm"]
+            training.require_finite(critic_health, "critic", i, "--ppo-critic-lr", config.critic_lr)
+        policy_health = row["policy_loss"] + row["grad_norm"]
+        training.require_finite(policy_health, job.name, i, "--ppo-lr", config.lr)
         checkpoint.log(row, "gold", "reward", "kl")
     return checkpoint.rows
 

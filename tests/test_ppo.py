@@ -384,9 +384,15 @@ def test_a_critic_that_diverges_is_told_from_a_policy_that_does(tokenizer, polic
         ppo.train_ppo(models, gold_reward, PROMPTS, replace(SMALL, iterations=1), Job("ppo", tmp_path, 0, 8))
 
 
+def test_without_a_critic_a_policy_that_diverges_is_not_called_the_critic(tokenizer, policy, tmp_path):
+    models = ppo.Models(policy, frozen_copy(policy), None, tokenizer)
+    with pytest.raises(UserError, match="--ppo-lr "):
+        ppo.train_ppo(models, lambda p, r: gold_reward(p, r) * math.inf, PROMPTS, SMALL, Job("ppo", tmp_path, 0, 8))
+
+
 def test_an_epoch_is_shuffled_once_and_not_at_every_step(monkeypatch):
     calls = []
-    monkeypatch.setattr(training, "shuffled", lambda n, *names: calls.append(names) or list(range(n)))
+    monkeypatch.setattr(order, "shuffled", lambda n, *names: calls.append(names) or list(range(n)))
     order.epoch_order.cache_clear()
     for step in range(20):
         order.rows_of_step(100, 10, step, 0, "counted")
