@@ -289,7 +289,24 @@ def test_a_checkpoint_is_saved_no_oftener_than_it_pays(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save", save)
     for _ in checkpoint.steps(50):
         now[0] += 1.0
-    assert saves == [2, 22, 42]
+    assert saves == [2, 22, 42, 50]  # the last step always
+
+
+def test_what_comes_after_the_last_step_may_fail_without_costing_the_training(tmp_path):
+    job = Job("reward", tmp_path, checkpoint_seconds=1e9)
+    for step in Checkpoint(job).steps(3):
+        pass  # then, say, the accuracy report runs out of memory, and the command is repeated
+    again = Checkpoint(job)
+    assert list(again.steps(3)) == []
+
+
+def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = Checkpoint(Job("reward", checkpoint_seconds=0))
+    for step in checkpoint.steps(3):
+        checkpoint.log({"step": step})
+    assert len(checkpoint.rows) == 3 and list(tmp_path.iterdir()) == []
+    assert list(Checkpoint(Job("reward")).steps(3)) == [0, 1, 2]
 
 
 # --------------------------------------------------------------------------------- real models: precision and defaults

@@ -100,7 +100,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_step(tokenizer, policy, tm
     save(tmp_path / "model", policy, tokenizer)
     first_steps = []
     for micro in (0, 1, 3):
-        job = Job(stage, tmp_path, max_response_tokens=24, micro_batch_size=micro)
+        job = Job(stage, max_response_tokens=24, micro_batch_size=micro)
         if stage == "sft":
             metrics = train_sft(frozen_copy(policy).requires_grad_(True), tokenizer, rows, SFTConfig(1, len(rows)), job)
         elif stage == "reward":

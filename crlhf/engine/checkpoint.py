@@ -25,7 +25,7 @@ class Job:
     """What a training function is told besides its models, its data and its config."""
 
     name: str  # of the stage: sft, reward, ppo, ...
-    folder: Path  # receives what it writes: metrics, and checkpoints while it goes on
+    folder: Path | None = None  # receives metrics and checkpoints; None: nothing is written
     seed: int = RunConfig.seed
     max_response_tokens: int = DataConfig.max_response_tokens
     checkpoint_seconds: float = RunConfig.checkpoint_seconds
@@ -37,34 +37,51 @@ class Checkpoint:
     """The resumable state of one training loop, in checkpoint.pt; the rows that it logs, in metrics.jsonl.
 
     `parts` maps names to whatever has state_dict and load_state_dict: models, optimisers, running moments. The file
-    is read back without unpickling anything but tensors and plain values.
+    is read back without unpickling anything but tensors and plain values. It stays after the last step: what a stage
+    does then may fail, and must not cost the training. Whoever finishes the stage deletes it.
     """
 
     def __init__(self, job: Job, **parts: object) -> None:
-        self.job, self.parts, self.rows, self.n_written = job, parts, [], 0
-        self.file, self.metrics = Path(job.folder) / "checkpoint.pt", Path(job.folder) / "metrics.jsonl"
+        self.job = job
+        self.parts = parts
+        self.rows = []
+        self.n_written = 0
+        self.bar = None
+        self.saved_at = 0.0  # seconds on the monotonic clock
+        self.saving_took = 0.0
+        self.metrics_at = 0.0
+        if job.folder is not None:
+            self.file = Path(job.folder) / "checkpoint.pt"
+            self.metrics = Path(job.folder) / "metrics.jsonl"
 
     def steps(self, total: int) -> Iterator[int]:
         """Yield the step numbers still to do, with a progress bar, saving the state between steps."""
-        start = self.resume()
-        write_jsonl(self.metrics, self.rows)  # without what was logged after the last checkpoint
-        self.n_written = len(self.rows)
-        last_save, cost, last_metrics = time.monotonic(), 0.0, time.monotonic()
+        start = 0
+        if self.job.folder is not None:
+            start = self.resume()
+            write_jsonl(self.metrics, self.rows)  # without what was logged after the last checkpoint
+            self.n_written = len(self.rows)
+        self.saved_at = self.metrics_at = time.monotonic()
         with Progress(total, self.job.name, start) as self.bar:
             for step in range(start, total):
                 yield step
                 self.bar.update()
-                wait = max(self.job.checkpoint_seconds, SAVING_SHARE * cost) if self.job.checkpoint_seconds else 0.0
-                if time.monotonic() - last_save >= wait:
-                    started = time.monotonic()
-                    self.save(step + 1)
-                    last_save = last_metrics = time.monotonic()
-                    cost = last_save - started
-                elif time.monotonic() - last_metrics > METRICS_SECONDS:  # whoever watches needn't wait for a checkpoint
-                    self.write_metrics()
-                    last_metrics = time.monotonic()
-        self.write_metrics()
-        self.file.unlink(missing_ok=True)
+                if self.job.folder is not None:
+                    self.keep(step + 1, is_last=step + 1 == total)
+
+    def keep(self, step: int, is_last: bool) -> None:
+        """Save the state if it is time, or at least the metrics: whoever watches needn't wait for a checkpoint."""
+        now = time.monotonic()
+        wait = 0.0
+        if self.job.checkpoint_seconds:
+            wait = max(self.job.checkpoint_seconds, SAVING_SHARE * self.saving_took)
+        if is_last or now - self.saved_at >= wait:
+            self.save(step)
+            self.saved_at = self.metrics_at = time.monotonic()
+            self.saving_took = self.saved_at - now
+        elif now - self.metrics_at > METRICS_SECONDS:
+            self.write_metrics()
+            self.metrics_at = time.monotonic()
 
     def resume(self) -> int:
         """Load the last checkpoint, if there is one, and return the step to go on from."""
@@ -79,16 +96,18 @@ class Checkpoint:
             return state["step"]
         except Exception:  # a damaged file makes torch raise many kinds
             what = f"{self.file} can't be read, or is none of this stage's checkpoints"
-            raise UserError(f"{what}: delete it to start this stage again") from None
+            raise UserError(what, "delete it to start this stage again") from None
 
     def save(self, step: int) -> None:
         """Write the state of after `step` steps. torch copies tensors to the host one by one: no clones on a GPU."""
         self.write_metrics()
         state = {name: part.state_dict() for name, part in self.parts.items()}
+        state["n_rows"] = len(self.rows)
+        state["step"] = step
         temporary = self.file.with_name("checkpoint.tmp")
         try:
             with open(temporary, "wb") as file:
-                torch.save({**state, "n_rows": len(self.rows), "step": step}, file)
+                torch.save(state, file)
             os.replace(temporary, self.file)
         except RuntimeError as error:  # torch's, for any trouble of the disk
             raise error.__context__ or error from None
@@ -101,15 +120,20 @@ class Checkpoint:
 
     def log(self, row: dict, *shown: str) -> None:
         """Keep a row of metrics; those named in `shown` appear beside the progress bar."""
-        row = read(row)
+        row = as_numbers(row)
         self.rows.append(row)
-        self.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row}, refresh=False)
+        beside_the_bar = {name: f"{row[name]:.3g}" for name in shown if name in row}
+        self.bar.set_postfix(beside_the_bar, refresh=False)
 
 
-def read(row: dict) -> dict:
+def as_numbers(row: dict) -> dict:
     """The row with numbers in place of its scalar tensors, which come from each device in one transfer."""
-    tensors = {name: value for name, value in row.items() if isinstance(value, torch.Tensor)}
-    for device in {tensor.device for tensor in tensors.values()}:
-        its = {name: tensor.float() for name, tensor in tensors.items() if tensor.device == device}
-        row = row | dict(zip(its, torch.stack([*its.values()]).tolist()))
+    names_by_device = {}
+    for name, value in row.items():
+        if isinstance(value, torch.Tensor):
+            names_by_device.setdefault(value.device, []).append(name)
+    row = dict(row)
+    for names in names_by_device.values():
+        values = torch.stack([row[name].float() for name in names]).tolist()
+        row.update(zip(names, values))
     return row

@@ -135,6 +135,7 @@ def run_stage(pipe: Pipeline, name: str, stage: Stage) -> None:
         summary = stage.build(pipe, part)
     cost = {"seconds": time.monotonic() - started, "peak_bytes": peak_bytes(pipe.device)}
     write_json(part / "cost.json", cost)
+    (part / "checkpoint.pt").unlink(missing_ok=True)  # not before: what comes after training may fail
     folder.finish(part, final)
     memory = "" if pipe.tiny else f", {cost['peak_bytes'] / 1e9:.1f} GB"
     pipe.log(f"{name}: {summary} ({cost['seconds']:.0f} s{memory})")
