@@ -13,7 +13,6 @@ With contrastive rewards, step 2 takes r_CR(x, y) = r(x, y) - c * b(x) in place 
 changes. Everything per token has shape (B, T) and counts only where response_mask is True.
 """
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -275,16 +274,16 @@ def train_ppo(
     checkpoint = Checkpoint(job, **parts, **({"contrastive": contrastive} if contrastive else {}))
     lam = 1.0 if models.critic is None else config.lam  # without a critic: plain returns (REINFORCE)
     for i in checkpoint.steps(config.iterations):
-        clock = [time.perf_counter()]
+        clock = training.PhaseClock(device)
         if contrastive:
             contrastive.refresh(models.policy, i)
         batch = [prompts[row] for row in prompts_of_iteration(len(prompts), config, i, job.seed)]
         rollout = collect_rollout(models, batch, config, job, i)
-        clock.append(time.perf_counter())
+        clock.read()
 
         raw = missing_eos(reward(batch, rollout.responses), rollout.has_ended, config.missing_eos_penalty)
         rewards = contrastive(batch, raw) if contrastive else raw
-        clock.append(time.perf_counter())
+        clock.read()
 
         mask = rollout.batch.response_mask
         R = token_rewards(rewards.to(device), rollout.log_probs, rollout.ref_log_probs, mask, config.kl_coef)
@@ -292,14 +291,14 @@ def train_ppo(
         rollout.advantages = whiten(advantages, mask)
         lrs = [policy_rate(i, config), training.learning_rate(i, config.iterations, config.critic_lr)]
         losses = update(models, optimizers, lrs, rollout, config, stream(job.seed, "ppo order", i))
-        clock.append(time.perf_counter())
+        clock.read()
 
         row = {"iteration": i, **rollout_metrics(rollout, raw, gold)}
         if contrastive:
             row |= {"contrastive_reward": rewards.mean(), "contrastive_variance": rewards.var(correction=0)}
             row |= {"coefficient": contrastive.coefficient, "scale": contrastive.scale}
         row["advantage_std"] = masked_variance(advantages, mask).item() ** 0.5
-        row |= {**losses, "lr": lrs[0], **training.phase_seconds(clock, len(batch))}
+        row |= {**losses, "lr": lrs[0], **clock.seconds(len(batch))}
         if models.critic is not None:  # first: its nan spreads to the policy
             critic_health = row["value_loss"] + row["critic_grad_norm"]
             training.require_finite(critic_health, "critic", i, "--ppo-critic-lr", config.critic_lr)

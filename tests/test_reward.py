@@ -119,3 +119,14 @@ def test_a_text_longer_than_the_classifier_reads_is_named(tokenizer, tmp_path):
     model = scalar_model(str(tmp_path), tokenizer.pad_token_id)
     with pytest.raises(UserError, match="have 104 tokens, but .* reads 96: lower --max-prompt-tokens"):
         ModelReward(model, tokenizer, 24)(["the plot was dull . " * 20], ["i liked it ."])
+
+
+def test_the_head_learns_at_its_own_rate_also_where_the_model_stands_still(tokenizer, tmp_path):
+    save(tmp_path, random_model(tokenizer), tokenizer)
+    model = scalar_model(str(tmp_path), tokenizer.pad_token_id)
+    trunk = model.transformer.h[0].attn.c_attn.weight.clone()
+    rows = [{"prompt": "i liked it .", "chosen": "the cast was good .", "rejected": "the plot was dull ."}] * 64
+    config = RewardConfig(epochs=2, batch_size=16, lr=0.0, head_lr=1e-2)
+    train_reward_model(model, tokenizer, rows, config, Job("reward", tmp_path / "train"))
+    assert model.score.weight.abs().max() > 1e-3
+    assert torch.equal(model.transformer.h[0].attn.c_attn.weight, trunk)
