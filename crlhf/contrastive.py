@@ -18,6 +18,8 @@ ones first and then what PPO earned on it: a tracker, as in SPO (arXiv 2509.1323
 into (0, 1), as PAR does (arXiv 2502.18770), which bounds what a reward model's error can pay.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +38,8 @@ def aggregate(baseline_rewards: Tensor, how: str = "mean") -> Tensor:
     """
     if how == "mean":
         return baseline_rewards.mean(1)
-    return baseline_rewards.quantile({"median": 0.5, "max": 1.0, "min": 0.0}[how], 1)
+    quantiles = {"median": 0.5, "max": 1.0, "min": 0.0}
+    return baseline_rewards.quantile(quantiles[how], 1)
 
 
 def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
@@ -46,7 +49,8 @@ def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
     the current policy in every step. They are never stale, and cost k generations a prompt every time.
     """
     groups = rewards.view(-1, group_size)
-    return ((groups.sum(1, keepdim=True) - groups) / (group_size - 1)).flatten()
+    sum_of_others = groups.sum(1, keepdim=True) - groups
+    return (sum_of_others / (group_size - 1)).flatten()
 
 
 def contrast(rewards: Tensor, baseline: Tensor, coefficient: float = ContrastiveConfig.coefficient) -> Tensor:
@@ -59,7 +63,8 @@ def best_coefficient(mean_r: float, mean_b: float, mean_rb: float, mean_bb: floa
     variance = mean_bb - mean_b**2
     if variance <= 1e-12:
         return 1.0
-    return min(max((mean_rb - mean_r * mean_b) / variance, 0.0), 1.0)
+    covariance = mean_rb - mean_r * mean_b
+    return min(max(covariance / variance, 0.0), 1.0)
 
 
 def magnitude_scale(mean_abs_raw: float, mean_abs_contrastive: float) -> float:
@@ -73,16 +78,21 @@ def magnitude_scale(mean_abs_raw: float, mean_abs_contrastive: float) -> float:
 
 def merge_moments(count: int, mean: float, m2: float, values: Tensor) -> tuple[int, float, float]:
     """Add a batch to (count, mean, sum of squared deviations), exactly (Chan et al. 1979)."""
-    n, batch_mean = len(values), values.mean().item()
-    total, delta = count + n, batch_mean - mean
-    m2 += ((values - batch_mean) ** 2).sum().item() + delta**2 * count * n / total
-    return total, mean + delta * n / total, m2
+    n = len(values)
+    batch_mean = values.mean().item()
+    batch_m2 = ((values - batch_mean) ** 2).sum().item()
+    delta = batch_mean - mean
+    total = count + n
+    between = delta**2 * count * n / total
+    return total, mean + delta * n / total, m2 + (batch_m2 + between)
 
 
 def decayed(old: list[float] | None, values: list[Tensor]) -> list[float]:
     """Exponentially decaying means over batches: DECAY * old + (1 - DECAY) * the means of this batch."""
     means = [value.mean().item() for value in values]
-    return means if old is None else [DECAY * o + (1 - DECAY) * m for o, m in zip(old, means)]
+    if old is None:
+        return means
+    return [DECAY * before + (1 - DECAY) * now for before, now in zip(old, means)]
 
 
 # ------------------------------------------------------------------------------------------- running state
@@ -95,30 +105,70 @@ class ContrastiveReward:
     and the prompts of a batch come in groups of group_size. adaptive: follow c* from exponentially
     decaying moments over batches, instead of config.coefficient. The current batch enters the moments first,
     so the very first batch has a coefficient; with B rewards that correlates c with one reward by order 1/B.
+    resample: (policy, iteration) -> new baselines for the prompts that come next; config.refresh needs it.
     """
 
-    def __init__(self, baselines: dict, config: ContrastiveConfig, adaptive: bool = False, group_size: int = 1) -> None:
-        self.baselines, self.config, self.adaptive, self.group_size = dict(baselines), config, adaptive, group_size
-        self.baselines_change = bool(config.refresh) or config.source == "running"
-        self.resample = None  # (policy, iteration) -> new baselines for the prompts that come next: see `refresh`
-        self.coefficient, self.scale = config.coefficient, 1.0
+    RUNNING = ("coefficient", "scale", "origin", "moments", "sizes", "spread")
+
+    def __init__(
+        self,
+        baselines: dict[str, Tensor],
+        config: ContrastiveConfig,
+        adaptive: bool = False,
+        group_size: int = 1,
+        resample: Callable | None = None,
+    ) -> None:
+        if config.refresh and resample is None:
+            raise ValueError("config.refresh samples new baselines: give `resample`, or leave refresh at 0")
+        self.baselines = dict(baselines)
+        self.config = config
+        self.adaptive = adaptive
+        self.group_size = group_size
+        self.resample = resample
+        self.coefficient = config.coefficient
+        self.scale = 1.0
         self.origin = None  # means of r and b in the first batch: far from them the moments would lose their digits
-        self.moments, self.sizes = None, None  # decaying means of (r, b, rb, bb) and of (|r|, |r - c b|)
+        self.moments = None  # decaying means of (r, b, rb, bb), from the origin
+        self.sizes = None  # decaying means of (|r|, |r - c b|)
         self.spread = (0, 0.0, 0.0)  # count, mean, m2 of r - c b
 
     def __call__(self, prompts: list[str], rewards: Tensor) -> Tensor:
         """B prompts and their (B,) raw rewards -> (B,) contrastive rewards."""
-        grouped = self.config.source == "group"
-        baseline = leave_one_out(rewards, self.group_size) if grouped else self.baseline_of(prompts)
+        if self.config.source == "group":
+            baseline = leave_one_out(rewards, self.group_size)
+        else:
+            baseline = self.baseline_of(prompts)
         if self.config.source == "running":
-            for prompt, reward in zip(prompts, rewards):
-                self.baselines[prompt] = torch.cat([self.baselines[prompt][1:], reward[None]])
+            self.remember(prompts, rewards)
         if self.adaptive:
-            self.origin = self.origin or (rewards.mean().item(), baseline.mean().item())
-            r, b = rewards.double() - self.origin[0], baseline.double() - self.origin[1]
-            self.moments = decayed(self.moments, [r, b, r * b, b**2])
-            self.coefficient = best_coefficient(*self.moments)
+            self.coefficient = self.followed_coefficient(rewards, baseline)
         contrastive = contrast(rewards, baseline, self.coefficient)
+        return self.rescaled(rewards, contrastive)
+
+    def baseline_of(self, prompts: list[str]) -> Tensor:
+        """(B,) baselines b(x)."""
+        missing = [prompt for prompt in prompts if prompt not in self.baselines]
+        if missing:
+            raise UserError(f"prompt {missing[0]!r} has no baselines", "sample them for every training prompt")
+        baseline_rewards = torch.stack([self.baselines[prompt] for prompt in prompts])
+        return aggregate(baseline_rewards, self.config.aggregate)
+
+    def remember(self, prompts: list[str], rewards: Tensor) -> None:
+        """A prompt's newest reward takes the place of its oldest baseline."""
+        for prompt, reward in zip(prompts, rewards):
+            self.baselines[prompt] = torch.cat([self.baselines[prompt][1:], reward[None]])
+
+    def followed_coefficient(self, rewards: Tensor, baseline: Tensor) -> float:
+        """c* from the decaying moments, of which this batch is now a part."""
+        if self.origin is None:
+            self.origin = (rewards.mean().item(), baseline.mean().item())
+        r = rewards.double() - self.origin[0]
+        b = baseline.double() - self.origin[1]
+        self.moments = decayed(self.moments, [r, b, r * b, b**2])
+        return best_coefficient(*self.moments)
+
+    def rescaled(self, rewards: Tensor, contrastive: Tensor) -> Tensor:
+        """The contrastive rewards times the dynamic scale alpha, or squeezed into (0, 1): (B,), (B,) -> (B,)."""
         if self.config.scale == "sigmoid":
             return contrastive.sigmoid()
         if self.config.scale == "magnitude":
@@ -130,21 +180,18 @@ class ContrastiveReward:
             self.scale = (count / m2) ** 0.5 if m2 > 1e-12 else 1.0
         return self.scale * contrastive
 
-    def baseline_of(self, prompts: list[str]) -> Tensor:
-        """(B,) baselines b(x)."""
-        missing = [prompt for prompt in prompts if prompt not in self.baselines]
-        if missing:
-            raise UserError(f"prompt {missing[0]!r} has no baselines: sample them for every training prompt")
-        return aggregate(torch.stack([self.baselines[prompt] for prompt in prompts]), self.config.aggregate)
-
     def refresh(self, policy: nn.Module, iteration: int) -> None:
         """Every config.refresh iterations: baselines from the current policy, where they are wanted at all."""
         if self.config.refresh and iteration and iteration % self.config.refresh == 0:
             self.baselines |= self.resample(policy, iteration)
 
     def state_dict(self) -> dict:
-        names = ["coefficient", "scale", "origin", "moments", "sizes", "spread", "baselines"]
-        return {name: getattr(self, name) for name in (names if self.baselines_change else names[:-1])}
+        """What a checkpoint keeps: the running state, and the baselines where PPO changes them."""
+        state = {name: getattr(self, name) for name in self.RUNNING}
+        if self.config.refresh or self.config.source == "running":
+            state["baselines"] = self.baselines
+        return state
 
     def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
+        for name, value in state.items():
+            setattr(self, name, value)

@@ -21,10 +21,12 @@ from .engine.text import Batch, Tokenizer, decode, pad_prompts
 def response_logits(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits that predict each response token, and the hidden states they come from: (B, T, V), (B, T, D).
 
-    The last prompt token predicts the first response token. Nothing reads the last token, so it stays out.
+    The last prompt token predicts the first response token. The last response token predicts nothing that we ask for:
+    its column is dropped.
     """
     ids, mask = batch.ids_and_mask()
-    return logits_and_states(model, ids[:, :-1], mask[:, :-1], last=batch.response_ids.shape[1])
+    n_response_tokens = batch.response_ids.shape[1]
+    return logits_and_states(model, ids[:, :-1], mask[:, :-1], last=n_response_tokens)
 
 
 def tempered(logits: Tensor, temperature: float) -> Tensor:
@@ -35,7 +37,8 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
 def log_probs_of(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) at `ids`: (B, T, V), (B, T) -> (B, T)."""
     logits = tempered(logits, temperature)
-    return -F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
+    negative_log_probs = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
+    return -negative_log_probs.view(ids.shape)
 
 
 def entropy_of(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -53,7 +56,8 @@ def response_log_probs(model: Model, batch: Batch, temperature: float = 1.0) -> 
 def response_values(critic: Model, batch: Batch) -> Tensor:
     """V(x, y_<t), the critic's prediction before each response token is chosen: (B, T)."""
     ids, mask = batch.ids_and_mask()
-    states = hidden_states(critic, ids[:, :-1], mask[:, :-1], last=batch.response_ids.shape[1])
+    n_response_tokens = batch.response_ids.shape[1]
+    states = hidden_states(critic, ids[:, :-1], mask[:, :-1], last=n_response_tokens)
     return in_fp32(critic.score, states).squeeze(-1)
 
 
@@ -74,8 +78,9 @@ def next_token(logits: Tensor, noise: Tensor, temperature: float = 1.0, top_p: f
     logits = tempered(logits, temperature)
     if top_p < 1.0:
         probs, order = torch.softmax(logits, -1).sort(-1, descending=True)
-        before = probs.cumsum(-1) - probs  # probability of all likelier tokens
-        logits = logits.masked_fill((before >= top_p).gather(-1, order.argsort(-1)), float("-inf"))
+        likelier = probs.cumsum(-1) - probs  # probability of all likelier tokens
+        is_outside = (likelier >= top_p).gather(-1, order.argsort(-1))
+        logits = logits.masked_fill(is_outside, float("-inf"))
     return (logits - noise.log()).argmax(-1)
 
 
@@ -95,41 +100,66 @@ def sample(
     response columns as the longest response has. Every step draws noise for all rows, also those that have ended, so
     what a row draws depends on no other row.
     """
-    (prompt_ids, prompt_mask), eos_id, pad_id = prompts, tokenizer.eos_token_id, tokenizer.pad_token_id
-    N, device = len(prompt_ids) * k, prompt_ids.device
-    response_ids = torch.full((N, max_new_tokens), pad_id, device=device)
-    response_mask = torch.zeros(N, max_new_tokens, dtype=torch.bool, device=device)
-    rows = torch.arange(N, device=device)  # which responses are still being written
-    alive = torch.ones(N, dtype=torch.bool, device=device)  # and of these, which have not ended
+    prompt_ids, prompt_mask = prompts
+    batch = unwritten_batch(prompt_ids, prompt_mask, max_new_tokens, tokenizer.pad_token_id, k)
+    N = len(batch)
+    rows = torch.arange(N, device=prompt_ids.device)  # which responses are still being written
+    alive = torch.ones_like(rows, dtype=torch.bool)  # and of these, which have not ended
     with sampling(model):
         cache = Cache(model, prompt_mask, max_new_tokens)
-        logits = cache.next_logits(prompt_ids).repeat_interleave(k, 0)  # k responses share their prompt's pass
-        if k > 1:
+        logits = cache.next_logits(prompt_ids)
+        if k > 1:  # the k responses to a prompt share its pass
+            logits = logits.repeat_interleave(k, 0)
             cache.repeat(k)
         for t in range(max_new_tokens):
-            noise = torch.rand(N, logits.shape[1], device=device, generator=generator).log_().neg_()
-            token = next_token(logits, noise if len(rows) == N else noise[rows], temperature, top_p)
-            response_ids[rows, t] = torch.where(alive, token, pad_id)
-            response_mask[rows, t] = alive
-            alive = alive & (token != eos_id)
+            noise = race_noise(N, logits.shape[1], rows, generator)
+            token = next_token(logits, noise, temperature, top_p)
+            batch.response_ids[rows, t] = torch.where(alive, token, tokenizer.pad_token_id)
+            batch.response_mask[rows, t] = alive
+            alive = alive & (token != tokenizer.eos_token_id)
             if t + 1 == max_new_tokens:
                 break
-            keep = rows_that_go_on(alive, len(rows)) if t % 4 == 3 else None  # to ask a GPU makes it wait
-            if keep is not None:
+            if t % 4 == 3:  # reading `alive` waits for the GPU: every fourth token only
+                keep = rows_that_go_on(alive)
                 if len(keep) == 0:
                     break
-                cache.keep(keep)
-                rows, alive, token = rows[keep], alive[keep], token[keep]
+                if len(keep) < len(rows):
+                    cache.keep(keep)
+                    rows = rows[keep]
+                    alive = alive[keep]
+                    token = token[keep]
             logits = cache.next_logits(token[:, None])
-    longest = int(response_mask.any(0).sum())
-    prompts = prompt_ids.repeat_interleave(k, 0), prompt_mask.repeat_interleave(k, 0)
-    return Batch(*prompts, response_ids[:, :longest], response_mask[:, :longest])
+    longest = int(batch.response_mask.any(0).sum())
+    batch.response_ids = batch.response_ids[:, :longest]
+    batch.response_mask = batch.response_mask[:, :longest]
+    return batch
 
 
-def rows_that_go_on(alive: Tensor, n_rows: int) -> Tensor | None:
-    """Numbers of the rows that are still alive; None while too few have ended for copying the cache to pay."""
-    keep = alive.nonzero().squeeze(1)
-    return keep if 3 * len(keep) <= 2 * n_rows else None
+def unwritten_batch(prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int, pad_id: int, k: int) -> Batch:
+    """A batch of k responses to each prompt, of which no token is written yet."""
+    N = len(prompt_ids) * k
+    response_ids = torch.full((N, max_new_tokens), pad_id, device=prompt_ids.device)
+    return Batch(
+        prompt_ids=prompt_ids.repeat_interleave(k, 0),
+        prompt_mask=prompt_mask.repeat_interleave(k, 0),
+        response_ids=response_ids,
+        response_mask=torch.zeros_like(response_ids, dtype=torch.bool),
+    )
+
+
+def race_noise(N: int, n_tokens: int, rows: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Exponential noise for N rows, of which those of `rows` are given back: (len(rows), V)."""
+    uniform = torch.rand(N, n_tokens, device=rows.device, generator=generator)
+    noise = uniform.log_().neg_()
+    return noise if len(rows) == N else noise[rows]
+
+
+def rows_that_go_on(alive: Tensor) -> Tensor:
+    """Numbers of the rows to go on with: those still alive, or all while too few have ended for copying to pay."""
+    still_alive = alive.nonzero().squeeze(1)
+    if 3 * len(still_alive) <= 2 * len(alive):
+        return still_alive
+    return torch.arange(len(alive), device=alive.device)
 
 
 def generate(
@@ -143,7 +173,10 @@ def generate(
     k: int = 1,
 ) -> tuple[list[str], Tensor, Batch]:
     """B prompt texts -> (B * k response texts, (B * k,) bool on the CPU: did it end by EOS, the Batch of ids)."""
-    padded = tuple(tensor.to(model.device) for tensor in pad_prompts(tokenizer, prompts))
+    prompt_ids, prompt_mask = pad_prompts(tokenizer, prompts)
+    padded = prompt_ids.to(model.device), prompt_mask.to(model.device)
     batch = sample(model, tokenizer, padded, max_new_tokens, temperature, top_p, generator, k)
     ids = batch.response_ids.masked_fill(~batch.response_mask, -1).cpu()  # ids and mask in one transfer
-    return decode(tokenizer, ids, ids >= 0), (ids == tokenizer.eos_token_id).any(1), batch
+    responses = decode(tokenizer, ids, ids >= 0)
+    has_ended = (ids == tokenizer.eos_token_id).any(1)
+    return responses, has_ended, batch

@@ -210,6 +210,7 @@ def pretended_gpu():
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
+        (torch.cuda, "synchronize", lambda device=None: None),
         (torch.cuda, "reset_peak_memory_stats", lambda: None),
         (torch.cuda, "max_memory_allocated", lambda: 0),
     ]

@@ -128,7 +128,7 @@ def test_std_scale_is_the_running_standard_deviation_of_everything_seen():
 def test_running_state_survives_a_checkpoint(tmp_path, source, refresh):
     config = ContrastiveConfig(source, scale="std", refresh=refresh)
     baselines = {"a": torch.tensor([1.0]), "b": torch.tensor([3.0])}
-    one, two = (C.ContrastiveReward(dict(baselines), config, adaptive=True) for _ in range(2))
+    one, two = (C.ContrastiveReward(dict(baselines), config, adaptive=True, resample=dict) for _ in range(2))
     one(["a", "b"], torch.tensor([0.5, 4.0]))
     if refresh:  # baselines that are no longer those of the start
         one.baselines["a"] = torch.tensor([2.0])
@@ -147,13 +147,14 @@ def test_new_baselines_come_every_so_many_iterations():
         return {"a": torch.tensor([float(iteration)])}
 
     config, baselines = ContrastiveConfig(refresh=3), {"a": torch.tensor([0.5]), "b": torch.tensor([0.25])}
-    reward = C.ContrastiveReward(baselines, config)
-    reward.resample = resample
+    reward = C.ContrastiveReward(baselines, config, resample=resample)
     for iteration in range(8):
         reward.refresh(None, iteration)
     assert asked == [3, 6] and reward.baseline_of(["a", "b"]).tolist() == [6.0, 0.25]
     fixed = C.ContrastiveReward({}, ContrastiveConfig())
     fixed.refresh(None, 3)  # there is nothing to ask
+    with pytest.raises(ValueError, match="resample"):
+        C.ContrastiveReward(baselines, config)
 
 
 def test_leave_one_out_is_the_mean_of_the_others():

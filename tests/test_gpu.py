@@ -113,7 +113,7 @@ def test_an_update_waits_for_the_gpu_only_where_it_reads_its_statistics(build, d
         monkeypatch.setattr(torch.Tensor, name, allowed(name))
     torch.cuda.set_sync_debug_mode("error")  # from here on any other wait raises an error
     try:
-        losses = ppo.update(models, optimizers, [1e-4, 1e-4], rollout, SMALL, stream(0, "order"))
+        losses = ppo.update(models, optimizers, {"policy": 1e-4, "critic": 1e-4}, rollout, SMALL, stream(0, "order"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sum(reads) <= 2 and losses["first_approx_kl"] == 0

@@ -209,13 +209,13 @@ def test_first_minibatch_has_ratio_one_and_no_clipping(tokenizer, policy, micro)
     config = replace(SMALL, epochs=1, minibatches=2, temperature=0.8)
     models = shared_models(tokenizer, policy)
     rollout = one_rollout(models, config, micro)
-    stats = sum(
-        ppo.piece_loss(models, rollout, piece, config)[1] for minibatch in rollout.minibatches for piece in minibatch
-    )
+    micro_batches = [micro_batch for minibatch in rollout.minibatches for micro_batch in minibatch]
+    sums = [ppo.micro_batch_loss(models, rollout, micro_batch, config)[1] for micro_batch in micro_batches]
+    total = {name: sum(statistics[name] for statistics in sums) for name in sums[0]}
     mask = rollout.batch.response_mask
-    assert stats[2] == 0 and stats[3] == 0  # nothing clipped, KL(old || new) = 0
+    assert total["clip_fraction"] == 0 and total["approx_kl"] == 0  # nothing clipped, KL(old || new) = 0
     expected = -ppo.masked_mean(rollout.advantages, mask).item()
-    assert (stats[0] / mask.sum()).item() == pytest.approx(expected, abs=1e-4)
+    assert (total["policy_loss"] / mask.sum()).item() == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -245,23 +245,23 @@ def test_the_bf16_path_of_gpus_on_the_cpu(tokenizer, policy):
     same = (rollout.batch.response_ids[:, 0] == full.batch.response_ids[:, 0]).float().mean()
     assert same > 0.8  # rounding to bf16 tips few draws
     rollout.advantages = rollout.returns = rollout.values
-    loss, _ = ppo.piece_loss(models, rollout, rollout.minibatches[0][0], SMALL)
+    loss, _ = ppo.micro_batch_loss(models, rollout, rollout.minibatches[0][0], SMALL)
     loss.backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in policy.parameters())
 
 
 def test_minibatches_are_honoured(tokenizer, policy, monkeypatch):
     models = models_of(tokenizer, policy, None)
-    sizes, seen, real = [], [], ppo.piece_loss
+    sizes, seen, real = [], [], ppo.micro_batch_loss
 
     def counted(models, rollout, piece, config):
         sizes.append(len(piece.rows))
         seen.extend(piece.rows.tolist())
         return real(models, rollout, piece, config)
 
-    monkeypatch.setattr(ppo, "piece_loss", counted)
+    monkeypatch.setattr(ppo, "micro_batch_loss", counted)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    ppo.update(models, [optimizer], [0.0], one_rollout(models), SMALL, stream(0, "mb"))
+    ppo.update(models, {"policy": optimizer}, {"policy": 0.0}, one_rollout(models), SMALL, stream(0, "mb"))
     assert sizes == [4] * 8 and sorted(seen[:16]) == sorted(seen[16:]) == list(range(16))
 
 
@@ -274,7 +274,7 @@ def test_micro_batches_add_up_to_the_whole_minibatch(tokenizer, policy, monkeypa
         rollout = one_rollout(models, config, micro)
         optimizer = torch.optim.SGD(models.policy.parameters(), lr=1.0)
         before = models.policy.lm_head.weight.detach().clone()
-        ppo.update(models, [optimizer], [1.0], rollout, config, stream(0, "mb"))
+        ppo.update(models, {"policy": optimizer}, {"policy": 1.0}, rollout, config, stream(0, "mb"))
         grads.append(before - models.policy.lm_head.weight.detach())
     assert grads[0].abs().max() > 1e-3
     for grad in grads[1:]:
@@ -288,7 +288,7 @@ def test_passes_end_once_the_policy_has_moved_too_far(tokenizer, policy, monkeyp
     monkeypatch.setattr(training, "gradient_step", lambda *args: steps.append(1) or real(*args))
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     config = replace(SMALL, target_kl=target_kl)
-    ppo.update(models, [optimizer], [1e-3], one_rollout(models), config, stream(0, "mb"))
+    ppo.update(models, {"policy": optimizer}, {"policy": 1e-3}, one_rollout(models), config, stream(0, "mb"))
     assert len(steps) == 4 * passes
 
 
@@ -315,8 +315,10 @@ def test_ppo_learns_to_stop(tokenizer, critic_kind, tmp_path):
 
 def test_while_the_critic_warms_up_the_policy_stands_still(tokenizer, policy, tmp_path):
     config = replace(SMALL, iterations=4, critic_warmup=3)
-    assert [ppo.policy_rate(i, replace(config, lr=1.0)) for i in range(4)] == [0, 0, 0, 1]
-    assert [ppo.policy_rate(i, replace(config, lr=1.0, critic_warmup=0)) for i in range(4)] == [1, 0.75, 0.5, 0.25]
+    rates = [ppo.learning_rates(i, replace(config, lr=1.0))["policy"] for i in range(4)]
+    assert rates == [0, 0, 0, 1]
+    rates = [ppo.learning_rates(i, replace(config, lr=1.0, critic_warmup=0))["policy"] for i in range(4)]
+    assert rates == [1, 0.75, 0.5, 0.25]
     trained, head = frozen_copy(policy).requires_grad_(True), torch.nn.Linear(32, 1)
     seen = []  # (policy's, critic's) weights before each update
 
@@ -329,7 +331,7 @@ def test_while_the_critic_warms_up_the_policy_stands_still(tokenizer, policy, tm
     assert not torch.equal(seen[3][0], trained.lm_head.weight)
 
 
-def test_recomputed_activations_train_alike(tokenizer, policy, tmp_path, monkeypatch):
+def test_recomputed_activations_train_alike(tokenizer, policy, monkeypatch):
     losses, calls, critic = [], [], torch.nn.Linear(32, 1)
 
     def counted(*args, **kwargs):
@@ -342,7 +344,7 @@ def test_recomputed_activations_train_alike(tokenizer, policy, tmp_path, monkeyp
         models = models_of(tokenizer, model, head)
         if recompute:
             recompute_activations(model)
-        job = Job("ppo", tmp_path, max_response_tokens=8)
+        job = Job("ppo", max_response_tokens=8)
         rows = ppo.train_ppo(models, gold_reward, PROMPTS, replace(SMALL, iterations=2), job)
         assert bool(calls) == recompute
         losses.append([row[name] for row in rows for name in ("policy_loss", "value_loss", "grad_norm", "approx_kl")])
@@ -388,6 +390,53 @@ def test_without_a_critic_a_policy_that_diverges_is_not_called_the_critic(tokeni
     models = ppo.Models(policy, frozen_copy(policy), None, tokenizer)
     with pytest.raises(UserError, match="--ppo-lr "):
         ppo.train_ppo(models, lambda p, r: gold_reward(p, r) * math.inf, PROMPTS, SMALL, Job("ppo", tmp_path, 0, 8))
+
+
+@pytest.mark.parametrize("n_tokens", [12, 3])
+def test_each_chunk_of_a_rollout_draws_from_a_stream_of_its_own(tokenizer, policy, monkeypatch, n_tokens):
+    """What the second chunk draws doesn't depend on how long the first one took."""
+    models, job = models_of(tokenizer, policy, None), Job("ppo", max_response_tokens=12, sampling_batch_size=8)
+    expected = ppo.collect_rollout(models, PROMPTS, SMALL, job, 0).responses
+    calls, real = [], ppo.generate
+
+    def generate(policy, tokenizer, prompts, max_new_tokens, *others, **settings):
+        calls.append(n_tokens if not calls else max_new_tokens)
+        return real(policy, tokenizer, prompts, calls[-1], *others, **settings)
+
+    monkeypatch.setattr(ppo, "generate", generate)
+    found = ppo.collect_rollout(models, PROMPTS, SMALL, job, 0).responses
+    assert calls == [n_tokens, 12] and found[8:] == expected[8:] and (found[:8] == expected[:8]) == (n_tokens == 12)
+    assert expected[:8] != expected[8:]  # the same eight prompts, other draws
+
+
+def test_a_batch_that_minibatches_do_not_divide_loses_no_row(tokenizer, policy):
+    config = replace(SMALL, minibatches=3)
+    rollout = one_rollout(models_of(tokenizer, policy, None), config)
+    rows = [micro_batch.rows for minibatch in rollout.minibatches for micro_batch in minibatch]
+    assert len(rollout.minibatches) == 3 and sorted(torch.cat(rows).tolist()) == list(range(16))
+
+
+def test_an_empty_prompt_is_answered_the_same_whatever_stands_beside_it(tokenizer, policy):
+    job = Job("ppo", None, max_response_tokens=6)
+    answers = []
+    for prompts in (["", ""], ["", "i liked the camera ."]):
+        rollout = ppo.collect_rollout(
+            models_of(tokenizer, policy, None), prompts, replace(SMALL, minibatches=1), job, 0
+        )
+        answers.append(rollout.batch.response_ids[0][rollout.batch.response_mask[0]].tolist())
+        assert rollout.log_probs[0].isfinite().all()
+    assert answers[0] == answers[1] and set(answers[0]) != {tokenizer.pad_token_id}
+
+
+def test_phases_end_when_the_gpu_has_done_its_work(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(device))
+    clock = training.PhaseClock(torch.device("cuda"))
+    for _ in range(3):
+        clock.read()
+    assert len(waited) == 4 and set(clock.seconds(8)) >= {"seconds_rollout", "seconds_update", "samples_per_second"}
+    training.PhaseClock(torch.device("cpu")).read()
+    assert len(waited) == 4
 
 
 def test_an_epoch_is_shuffled_once_and_not_at_every_step(monkeypatch):

@@ -175,12 +175,12 @@ def test_a_whole_run_goes_through_on_the_gpu(tmp_path, gpu, capsys):
 
 
 @pytest.mark.parametrize("kind", ["llama"])  # while sampling, GPT-2 rounds its activation otherwise on a CPU
-def test_training_gives_the_same_numbers_as_on_the_cpu(kind, tokenizer, tmp_path):
+def test_training_gives_the_same_numbers_as_on_the_cpu(kind, tokenizer):
     def losses(device):
         policy, critic = language_model(kind, tokenizer, device=device), torch.nn.Linear(32, 1)
         torch.nn.init.zeros_(critic.weight), torch.nn.init.zeros_(critic.bias)
-        rows = train_sft(policy, tokenizer, DEMONSTRATIONS, SFTConfig(1, 8, 1e-3), job(tmp_path))
-        rows += run_ppo(policy, critic.to(device), tokenizer, tmp_path)
+        rows = train_sft(policy, tokenizer, DEMONSTRATIONS, SFTConfig(1, 8, 1e-3), job(None))
+        rows += run_ppo(policy, critic.to(device), tokenizer, None)
         return [row[name] for row in rows for name in ("loss", "policy_loss", "value_loss", "kl") if name in row]
 
     with pretended_gpu():
@@ -256,11 +256,9 @@ def test_in_the_end_everything_is_as_before():
 # ----------------------------------------------------------------------------------- mistakes that it would find
 
 
-def test_statistics_left_on_the_cpu_are_found(tokenizer, tmp_path, gpu, monkeypatch):
-    real = ppo.piece_loss
-    monkeypatch.setattr(
-        ppo, "piece_loss", lambda *given: [part.to("cpu") if part.dim() else part for part in real(*given)]
-    )
+def test_outputs_left_on_the_cpu_are_found(tokenizer, tmp_path, gpu, monkeypatch):
+    real = ppo.policy_outputs
+    monkeypatch.setattr(ppo, "policy_outputs", lambda *given: [output.to("cpu") for output in real(*given)])
     with pytest.raises(RuntimeError, match="device"):
         run_ppo(language_model("gpt2", tokenizer), None, tokenizer, tmp_path)
 

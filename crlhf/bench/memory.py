@@ -36,7 +36,7 @@ from ..engine.text import Batch
 from ..engine.training import adamw, gradient_step
 from ..pipeline.options import parse
 from ..policy import next_token
-from ..ppo import Models, Piece, Rollout, piece_loss
+from ..ppo import MicroBatch, Models, Rollout, micro_batch_loss
 from ..reward import bradley_terry_loss
 from ..sft import sft_loss
 
@@ -175,9 +175,9 @@ def ppo_stage(shape: Shape, config: Config) -> None:
         for network in networks:
             recompute_activations(network)
     batch, table = full_batch(shape.rows, shape), torch.zeros(shape.rows, shape.response)
-    piece = Piece(torch.arange(shape.rows), batch)
+    piece = MicroBatch(torch.arange(shape.rows), batch)
     rollout = Rollout([], [], None, batch, [], table, table, table, table, table, table)
-    one_step(lambda: piece_loss(models, rollout, piece, config.ppo)[0], [*map(adamw, networks)], shape.pieces)
+    one_step(lambda: micro_batch_loss(models, rollout, piece, config.ppo)[0], [*map(adamw, networks)], shape.pieces)
     sample_and_score(policy, reward, min(config.ppo.batch_size, shape.sampled), shape)
 
 

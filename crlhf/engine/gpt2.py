@@ -64,7 +64,8 @@ def seen_mask(mask: Tensor, n: int, length: int) -> Tensor:
     """
     L = mask.shape[1]
     if n == 1:
-        return F.pad(mask, (0, length - L))[:, None, None]
+        seen = F.pad(mask[:, :-1], (0, 1), value=True)
+        return F.pad(seen, (0, length - L))[:, None, None]
     column = torch.arange(L, device=mask.device)
     row = column[L - n :, None]
     return (((column <= row) & mask[:, None, :]) | (column == row))[:, None]

@@ -250,10 +250,8 @@ def make_contrastive(pipe: Pipeline, contrast: str) -> ContrastiveReward:
     c, baselines = pipe.config, {}
     if c.contrastive.source != "group":
         baselines = rewards_by_prompt(pipe.rows("baselines", "baselines"), c.ppo)
-    contrastive = ContrastiveReward(baselines, c.contrastive, contrast == "adaptive", c.ppo.group_size)
-    if c.contrastive.refresh:
-        contrastive.resample = resampler(pipe)
-    return contrastive
+    resample = resampler(pipe) if c.contrastive.refresh else None
+    return ContrastiveReward(baselines, c.contrastive, contrast == "adaptive", c.ppo.group_size, resample)
 
 
 def rewards_by_prompt(rows: list[dict], ppo: PPOConfig) -> dict[str, Tensor]:
