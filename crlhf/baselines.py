@@ -29,25 +29,41 @@ def sample_baselines(
     Every finished batch is added to partial.jsonl in job.folder (None: nowhere), and sampling goes on after the
     last whole batch in it. Each batch draws from a stream of its own, so the result is the same.
     """
-    k, group = config.k, max(1, job.sampling_batch_size // config.k)  # prompts a batch
+    k = config.k
+    prompts_at_once = max(1, job.sampling_batch_size // k)
     partial = Path(job.folder) / "partial.jsonl" if job.folder else None
-    rows = whole_batches(partial, group, prompts) if partial else []
-    for first, batch_prompts in slices(prompts, group, job.name, start=len(rows)):
-        generator = stream(job.seed, "baselines", first, device=policy.device)
-        lengths = job.max_response_tokens, config.temperature, config.top_p
-        responses, has_ended, _ = generate(policy, tokenizer, batch_prompts, *lengths, generator, k)
-        rewards = reward([prompt for prompt in batch_prompts for _ in range(k)], responses).tolist()
-        new = []
-        for i, prompt in enumerate(batch_prompts):
-            its = slice(i * k, (i + 1) * k)
-            row = {"prompt": prompt, "responses": responses[its], "ended": has_ended[its].tolist()}
-            new.append({**row, "rewards": rewards[its]})
-        rows += new
+    rows = whole_batches(partial, prompts_at_once, prompts) if partial else []
+    for first, batch_prompts in slices(prompts, prompts_at_once, job.name, start=len(rows)):
+        responses, has_ended, _ = generate(
+            policy,
+            tokenizer,
+            batch_prompts,
+            job.max_response_tokens,
+            config.temperature,
+            config.top_p,
+            generator=stream(job.seed, "baselines", first, device=policy.device),
+            k=k,
+        )
+        repeated_prompts = [prompt for prompt in batch_prompts for _ in range(k)]
+        rewards = reward(repeated_prompts, responses)
+        new_rows = []
+        for number, prompt in enumerate(batch_prompts):
+            of_prompt = slice(number * k, (number + 1) * k)
+            row = {
+                "prompt": prompt,
+                "responses": responses[of_prompt],
+                "ended": has_ended[of_prompt].tolist(),
+                "rewards": rewards[of_prompt].tolist(),
+            }
+            new_rows.append(row)
+        rows += new_rows
         if partial:
-            append_jsonl(partial, new)
+            append_jsonl(partial, new_rows)
     return rows
 
 
 def baseline_rewards(rows: list[dict]) -> tuple[Tensor, Tensor]:
     """Rows -> ((N, k) rewards, (N, k) bool whether each response ended)."""
-    return torch.tensor([row["rewards"] for row in rows]), torch.tensor([row["ended"] for row in rows])
+    rewards = torch.tensor([row["rewards"] for row in rows])
+    has_ended = torch.tensor([row["ended"] for row in rows])
+    return rewards, has_ended

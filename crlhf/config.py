@@ -160,7 +160,6 @@ class PPOConfig:
                        choices=("reward_model", "zero_head", "shared", "none"))  # fmt: skip
     temperature: float = knob(1.0, "of the policy: in rollouts, log-probs, and evaluation of all methods", 1e-3, 100)
     missing_eos_penalty: float = knob(0.0, "subtracted from the reward of a response that never ended", 0, 1e3)
-    target_kl: float = knob(0.0, "stop an iteration's passes once approx_kl exceeds this (0: never)", 0, 1e3)
 
 
 @dataclass

@@ -23,12 +23,14 @@ def dpo_loss(
 ) -> tuple[Tensor, Tensor]:
     """Sequence log-probs of B pairs, (B,) each -> (mean loss, (B,) margins of the implicit reward)."""
     margins = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    return -F.logsigmoid(margins).mean(), margins.detach()
+    loss = -F.logsigmoid(margins).mean()
+    return loss, margins.detach()
 
 
 def sequence_log_probs(model: Model, batch: Batch) -> Tensor:
     """log pi(y | x) of whole responses: (B,)."""
-    return (response_log_probs(model, batch) * batch.response_mask).sum(1)
+    log_probs = response_log_probs(model, batch) * batch.response_mask
+    return log_probs.sum(1)
 
 
 def train_dpo(
@@ -39,7 +41,8 @@ def train_dpo(
     def loss_of(rows: list[dict]) -> dict[str, Tensor]:
         prompts = [row["prompt"] for row in rows]
         responses = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
-        batch = make_batch(tokenizer, prompts * 2, responses, job.max_response_tokens).to(policy.device)
+        batch = make_batch(tokenizer, prompts * 2, responses, job.max_response_tokens)
+        batch = batch.to(policy.device)
         with torch.no_grad():
             ref_chosen, ref_rejected = sequence_log_probs(ref_policy, batch).chunk(2)
         chosen, rejected = sequence_log_probs(policy, batch).chunk(2)

@@ -18,7 +18,7 @@ rho (slope - c)^2, Var(r) has rho slope^2, c* is slope times as large, and below
 import torch
 from torch import Tensor
 
-Z = 1.959964  # two-sided 95% of the normal distribution
+from .evaluate import Z
 
 
 def variance_parts(rewards: Tensor) -> tuple[float, float]:
@@ -55,21 +55,38 @@ def measured_law(rewards: Tensor) -> dict[str, float]:
     each prompt contributes to it (the delta method).
     """
     rewards = rewards.double()
-    (N, k), (between, within) = rewards.shape, variance_parts(rewards)
-    own = rewards.var(1, correction=1)  # a prompt's contribution to `within`, and to `between`
-    apart = (rewards.mean(1) - rewards.mean()) ** 2 * N / (N - 1) - own / k
+    N, k = rewards.shape
+    between, within = variance_parts(rewards)
     total = between + within
     rho = between / total if total > 0 else 0.0
-    tilt = (apart * (1 - rho) - own * rho) / total if total > 0 else torch.zeros(N)
-    errors = {"between": apart, "within": own, "rho": tilt}
-    law = {"between": between, "within": within, "rho": rho, "sd": max(total, 0.0) ** 0.5}
-    return law | {f"{name}_se": (values.std() / N**0.5).item() for name, values in errors.items()}
+    within_of_prompt = rewards.var(1, correction=1)
+    distance = (rewards.mean(1) - rewards.mean()) ** 2
+    between_of_prompt = distance * N / (N - 1) - within_of_prompt / k
+    if total > 0:
+        rho_of_prompt = (between_of_prompt * (1 - rho) - within_of_prompt * rho) / total
+    else:
+        rho_of_prompt = torch.zeros(N)
+    return {
+        "between": between,
+        "within": within,
+        "rho": rho,
+        "sd": max(total, 0.0) ** 0.5,
+        "between_se": standard_error(between_of_prompt),
+        "within_se": standard_error(within_of_prompt),
+        "rho_se": standard_error(rho_of_prompt),
+    }
+
+
+def standard_error(contributions: Tensor) -> float:
+    """Of the mean of N independent prompts' contributions, (N,)."""
+    return (contributions.std() / len(contributions) ** 0.5).item()
 
 
 def within_correlation(rewards: Tensor, feature: Tensor) -> float:
     """Correlation of (N, k) rewards with a feature of the responses, both taken from their prompt's mean. 0 where one
     of them doesn't vary."""
-    r, f = (values.double() - values.double().mean(1, keepdim=True) for values in (rewards, feature))
+    r = rewards.double() - rewards.double().mean(1, keepdim=True)
+    f = feature.double() - feature.double().mean(1, keepdim=True)
     size = (r.square().sum() * f.square().sum()).sqrt()
     return ((r * f).sum() / size).item() if size > 0 else 0.0
 
@@ -83,25 +100,29 @@ def advice(rho: float, rho_se: float, k: int) -> str:
 
 def verdict(law: dict[str, float], k: int) -> str:
     """The advice, and what to expect of contrast with k baseline responses, in words."""
-    rho, word = law["rho"], advice(law["rho"], law["rho_se"], k)
-    share = f"rho is {rho:.2f} ± {Z * law['rho_se']:.2f}, break-even at k = {k} is {1 / (k + 1):.2f}"
+    rho = law["rho"]
+    rho_in_words = f"rho is {rho:.2f} ± {Z * law['rho_se']:.2f}, break-even at k = {k} is {1 / (k + 1):.2f}"
     whole = f"subtracting all of the baseline leaves {variance_ratio(rho, k):.0%} of the reward's variance"
-    part = f"'adaptive' would subtract a share of {best_share(rho, k):.2f}"
+    share = f"'adaptive' would subtract a share of {best_share(rho, k):.2f}"
+    word = advice(rho, law["rho_se"], k)
     if word == "leave":
-        return f"{share}: leave it, there is little to gain ({whole}; {part})"
+        return f"{rho_in_words}: leave it, there is little to gain ({whole}; {share})"
     if word == "adapt":
-        return f"{share}: adapt ({part}; {whole})"
-    return f"{share}: subtract, or compare with a group ({whole})"
+        return f"{rho_in_words}: adapt ({share}; {whole})"
+    return f"{rho_in_words}: subtract, or compare with a group ({whole})"
 
 
 def law_in_words(law: dict[str, float], k: int) -> list[str]:
     """The lines that a run prints after its baselines. law: of `measured_law`, and the two correlations."""
-    ratios = ", ".join(f"{variance_ratio(law['rho'], n):.3g} (k = {n})" for n in (1, 2, 4, 8))
-    parts = ", ".join(f"{name} prompts {law[name]:.3g} ± {Z * law[f'{name}_se']:.2g}" for name in ("between", "within"))
-    ended, length = law["ended_correlation"], law["length_correlation"]
+    rho = law["rho"]
+    ratios = ", ".join(f"{variance_ratio(rho, n):.3g} (k = {n})" for n in (1, 2, 4, 8))
+    between = f"{law['between']:.3g} ± {Z * law['between_se']:.2g}"
+    within = f"{law['within']:.3g} ± {Z * law['within_se']:.2g}"
+    ended = law["ended_correlation"]
+    length = law["length_correlation"]
     return [
         f"within a prompt, the score correlates {ended:.2f} with having ended, {length:.2f} with length",
-        f"variance of the reward {parts.replace('within prompts', 'within a prompt')}",
-        f"predicted Var(r - b) / Var(r): {ratios}; best share c* = {best_share(law['rho'], k):.2g}",
+        f"variance of the reward between prompts {between}, within a prompt {within}",
+        f"predicted Var(r - b) / Var(r): {ratios}; best share c* = {best_share(rho, k):.2g}",
         verdict(law, k),
     ]

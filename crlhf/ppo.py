@@ -183,18 +183,9 @@ def collect_rollout(models: Models, prompts: list[str], config: PPOConfig, job: 
     responses, has_ended, batch = sample_responses(models, prompts, config, job, iteration)
     order = stream(job.seed, "ppo minibatches", iteration)
     minibatches = split_into_minibatches(batch, config.minibatches, job.micro_batch_size, order)
-    zeros = torch.zeros(batch.response_ids.shape, device=batch.response_ids.device)
-    rollout = Rollout(
-        prompts=prompts,
-        responses=responses,
-        has_ended=has_ended,
-        batch=batch,
-        minibatches=minibatches,
-        log_probs=zeros,
-        ref_log_probs=zeros.clone(),
-        values=zeros.clone(),
-        entropy=zeros.clone(),
-    )
+    size = batch.response_ids.shape
+    outputs = [torch.zeros(size, device=batch.response_ids.device) for _ in range(4)]  # the four (B, T) fields
+    rollout = Rollout(prompts, responses, has_ended, batch, minibatches, *outputs)
     for minibatch in minibatches:
         for micro_batch in minibatch:
             evaluate_micro_batch(models, rollout, micro_batch, config.temperature)
@@ -320,8 +311,6 @@ def update(
             if "critic" in optimizers:
                 statistics["critic_grad_norm"] = training.gradient_step(optimizers["critic"], lrs["critic"])
             history.append(statistics)
-        if config.target_kl and history[-1]["approx_kl"] > config.target_kl:
-            break
     table = torch.stack([torch.stack(list(statistics.values())) for statistics in history])  # (steps, statistics)
     means = dict(zip(history[0], table.mean(0)))
     return {**means, "first_approx_kl": history[0]["approx_kl"]}
@@ -383,7 +372,8 @@ def train_ppo(
         clock.read()
 
         # 3. Advantages.
-        advantage_variance = estimate_advantages(rollout, rewards, config, has_critic=models.critic is not None)
+        lam = 1.0 if models.critic is None else config.lam  # without a critic: plain returns, as in REINFORCE
+        advantage_variance = estimate_advantages(rollout, rewards, config.kl_coef, lam)
 
         # 4. Update.
         lrs = learning_rates(i, config)
@@ -411,15 +401,14 @@ def resumable_parts(models: Models, optimizers: dict, contrastive: ContrastiveRe
     return parts
 
 
-def estimate_advantages(rollout: Rollout, rewards: Tensor, config: PPOConfig, has_critic: bool) -> Tensor:
+def estimate_advantages(rollout: Rollout, rewards: Tensor, kl_coef: float, lam: float) -> Tensor:
     """Fill in the rollout's whitened advantages and its returns. Returns the advantages' variance before whitening.
 
-    rewards: (B,) one a response. Without a critic lambda is 1: plain returns, as in REINFORCE.
+    rewards: (B,), one a response.
     """
     mask = rollout.batch.response_mask
     rewards = rewards.to(mask.device)
-    R = token_rewards(rewards, rollout.log_probs, rollout.ref_log_probs, mask, config.kl_coef)
-    lam = config.lam if has_critic else 1.0
+    R = token_rewards(rewards, rollout.log_probs, rollout.ref_log_probs, mask, kl_coef)
     advantages, rollout.returns = gae(R, rollout.values, mask, gamma=1.0, lam=lam)
     rollout.advantages = whiten(advantages, mask)
     return masked_variance(advantages, mask)

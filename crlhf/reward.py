@@ -1,4 +1,4 @@
-"""The reward model: a scalar learned from comparisons, and what it gets right.
+"""The reward model: a scalar learned from comparisons.
 
 Bradley-Terry (1952) says that a rater prefers chosen over rejected with probability
 sigma(r(x, y_chosen) - r(x, y_rejected)), so the loss of one pair is
@@ -12,17 +12,14 @@ A reward anywhere in this project is a callable (prompts, responses) -> (B,) flo
 kinds of them: this model, a classifier from the hub, and a function in a user's file.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import RewardConfig, RunConfig, UserError
+from .config import RewardConfig, UserError
 from .engine.checkpoint import Job
-from .engine.files import slices
 from .engine.forward import Model, context_length, sequence_logits
-from .engine.text import Reward, Tokenizer, encode_prompt, encode_response
+from .engine.text import Tokenizer, encode_prompt, encode_response
 from .engine.training import fit
 
 
@@ -44,14 +41,17 @@ def score_texts(
     No EOS is appended. Where a tokenizer pads with its EOS, Hugging Face's classes would take a final EOS
     for padding, and a saved reward model would score differently there than here.
     """
-    sequences = [
-        encode_prompt(tokenizer, prompt) + encode_response(tokenizer, response)[:max_response_tokens]
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    longest, limit = max(map(len, sequences)), min(context_length(model.config), tokenizer.model_max_length)
+    sequences = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        response_ids = encode_response(tokenizer, response)[:max_response_tokens]
+        sequences.append(encode_prompt(tokenizer, prompt) + response_ids)
+    longest = max(map(len, sequences))
+    limit = min(context_length(model.config), tokenizer.model_max_length)
     if longest > limit:
-        what = f"a prompt and its response have {longest} tokens, but '{model.config.name_or_path}' reads {limit}"
-        raise UserError(f"{what}: lower --max-prompt-tokens or --max-response-tokens")
+        raise UserError(
+            f"a prompt and its response have {longest} tokens, but '{model.config.name_or_path}' reads {limit}",
+            "lower --max-prompt-tokens or --max-response-tokens",
+        )
     return sequence_logits(model, sequences, tokenizer.pad_token_id)
 
 
@@ -67,38 +67,10 @@ def train_reward_model(
     def loss_of(rows: list[dict]) -> dict[str, Tensor]:
         prompts = [row["prompt"] for row in rows]
         responses = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
-        scores = score_texts(model, tokenizer, prompts * 2, responses, job.max_response_tokens).squeeze(1)
-        chosen, rejected = scores.chunk(2)
+        scores = score_texts(model, tokenizer, prompts * 2, responses, job.max_response_tokens)
+        chosen, rejected = scores.squeeze(1).chunk(2)
         loss = bradley_terry_loss(chosen, rejected, config.center_coef)
         n_pairs = torch.ones_like(chosen).sum()
         return {"loss": loss * n_pairs, "count": n_pairs, "accuracy": (chosen > rejected).sum()}
 
     return fit(model, preferences, loss_of, config, job, warmup=0.1, head_lr=config.head_lr)
-
-
-# -------------------------------------------------------------------------------------- what it gets right
-
-
-def preference_accuracy(
-    reward: Reward, preferences: list[dict], group_of: Callable[[str], str] | None = None
-) -> dict[str, float]:
-    """Share of pairs that `reward` orders as the labels do; where rows hold gold_chosen and gold_rejected, also as
-    gold does, overall and by group_of(prompt).
-
-    Returns {'pairs': n, 'labels': share, 'gold': share, 'gold, easy': ..., ...}.
-    """
-    agree = []
-    for _, rows in slices(preferences, RunConfig.sampling_batch_size, "reward report"):
-        prompts = [row["prompt"] for row in rows]
-        chosen, rejected = (reward(prompts, [row[side] for row in rows]) for side in ("chosen", "rejected"))
-        agree.append(chosen > rejected)
-    agree = torch.cat(agree)
-    report = {"pairs": len(preferences), "labels": agree.float().mean().item()}
-    if "gold_chosen" in preferences[0]:
-        right = torch.tensor([row["gold_chosen"] > row["gold_rejected"] for row in preferences]) == agree
-        report["gold"] = right.float().mean().item()
-        groups = [group_of(row["prompt"]) for row in preferences] if group_of else []
-        for name in sorted(set(groups)):
-            member = torch.tensor([group == name for group in groups])
-            report[f"gold, {name}"] = right[member].float().mean().item()
-    return report

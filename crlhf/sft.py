@@ -17,7 +17,8 @@ from .policy import response_log_probs
 
 def sft_loss(model: Model, batch: Batch) -> Tensor:
     """Mean negative log-likelihood in nats over the response tokens of the whole batch: a scalar."""
-    return -(response_log_probs(model, batch) * batch.response_mask).sum() / batch.response_mask.sum()
+    log_probs = response_log_probs(model, batch) * batch.response_mask
+    return -log_probs.sum() / batch.response_mask.sum()
 
 
 def train_sft(
@@ -26,8 +27,10 @@ def train_sft(
     """Train `model` in place on rows {prompt, completion}. Returns the metrics of every step."""
 
     def loss_of(rows: list[dict]) -> dict[str, Tensor]:
-        prompts, completions = [row["prompt"] for row in rows], [row["completion"] for row in rows]
-        batch = make_batch(tokenizer, prompts, completions, job.max_response_tokens).to(model.device)
+        prompts = [row["prompt"] for row in rows]
+        completions = [row["completion"] for row in rows]
+        batch = make_batch(tokenizer, prompts, completions, job.max_response_tokens)
+        batch = batch.to(model.device)
         n_tokens = batch.response_mask.sum()
         return {"loss": sft_loss(model, batch) * n_tokens, "count": n_tokens}
 

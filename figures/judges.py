@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from crlhf.engine.files import stream
-from crlhf.evaluate import mean_interval
+from crlhf.evaluate import Z, mean_interval
 from crlhf.judging import judge
-from crlhf.law import Z
 from crlhf.pipeline.plots import finish, plt
 
 from .harness import SEEDS

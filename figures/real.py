@@ -16,8 +16,8 @@ from crlhf.baselines import baseline_rewards
 from crlhf.config import METHODS, UserError
 from crlhf.contrastive import leave_one_out
 from crlhf.engine.files import read_json, read_jsonl, stream
-from crlhf.evaluate import column, mean_interval, wilson_interval
-from crlhf.law import Z, best_share, measured_law, variance_ratio, within_correlation
+from crlhf.evaluate import Z, column, mean_interval, wilson_interval
+from crlhf.law import best_share, measured_law, variance_ratio, within_correlation
 from crlhf.pipeline.options import parse
 from crlhf.pipeline.output import fenced
 from crlhf.pipeline.plots import STYLES, finish, plot_curve, plt, smooth

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from crlhf.config import METHODS
 from crlhf.contrastive import leave_one_out
-from crlhf.law import Z, best_share, measured_law, variance_ratio
+from crlhf.evaluate import Z
+from crlhf.law import best_share, measured_law, variance_ratio
 from crlhf.pipeline.plots import STYLES, plot_curve, plt, smooth
 
 

@@ -281,17 +281,6 @@ def test_micro_batches_add_up_to_the_whole_minibatch(tokenizer, policy, monkeypa
         assert torch.allclose(grad, grads[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("target_kl, passes", [(0.0, 2), (1e9, 2), (1e-9, 1)])
-def test_passes_end_once_the_policy_has_moved_too_far(tokenizer, policy, monkeypatch, target_kl, passes):
-    models, steps = models_of(tokenizer, policy, None), []
-    real = training.gradient_step
-    monkeypatch.setattr(training, "gradient_step", lambda *args: steps.append(1) or real(*args))
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    config = replace(SMALL, target_kl=target_kl)
-    ppo.update(models, {"policy": optimizer}, {"policy": 1e-3}, one_rollout(models), config, stream(0, "mb"))
-    assert len(steps) == 4 * passes
-
-
 def test_dropout_stays_off(tokenizer, policy):
     assert not policy.training and not any(module.training for module in policy.modules())
 

@@ -12,8 +12,9 @@ from crlhf.config import RewardConfig, UserError
 from crlhf.engine.checkpoint import Job
 from crlhf.engine.files import stream
 from crlhf.engine.models import save, scalar_model
+from crlhf.evaluate import preference_accuracy
 from crlhf.pipeline.rewards import ModelReward
-from crlhf.reward import bradley_terry_loss, preference_accuracy, train_reward_model
+from crlhf.reward import bradley_terry_loss, train_reward_model
 
 
 @pytest.mark.parametrize("case, center", [("bradley_terry", 0.0), ("bradley_terry_centered", 0.01)])

@@ -21,11 +21,11 @@ from ..engine.models import frozen_copy, load_model, load_tokenizer, save, scala
 from ..engine.order import prompt_order
 from ..engine.text import encode_response
 from ..engine.tokenizers import bpe_tokenizer, training_texts, word_tokenizer
-from ..evaluate import evaluate_policy
+from ..evaluate import evaluate_policy, preference_accuracy
 from ..law import law_in_words, measured_law, within_correlation
 from ..policy import generate
 from ..ppo import Models, missing_eos, train_ppo
-from ..reward import preference_accuracy, train_reward_model
+from ..reward import train_reward_model
 from ..sft import train_sft
 from .checks import check_batch, check_run
 from .data import Corpus, are_prompts_alone, build_corpus
