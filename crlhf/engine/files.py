@@ -21,8 +21,10 @@ from ..config import UserError
 
 def stream(seed: int | str, *names: object, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of its own for this (seed, names): the same names give the same numbers."""
-    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    name = "/".join(map(str, (seed, *names)))
+    digest = hashlib.sha256(name.encode()).digest()
+    number = int.from_bytes(digest[:8], "big") >> 1
+    return torch.Generator(device).manual_seed(number)
 
 
 def shuffled(n: int, seed: int | str, *names: object) -> list[int]:
@@ -74,7 +76,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
             return [json.loads(line) for line in file]
     except (FileNotFoundError, json.JSONDecodeError) as error:
         mend = f"delete the folder {Path(path).parent} and run the command again"
-        raise UserError(f"{path} is missing or damaged ({error}): {mend}") from None
+        raise UserError(f"{path} is missing or damaged ({error})", mend) from None
 
 
 def whole_batches(partial: Path, group: int, prompts: list[str]) -> list[dict]:
@@ -95,7 +97,9 @@ def whole_batches(partial: Path, group: int, prompts: list[str]) -> list[dict]:
 
 def first_line(error: Exception) -> str:
     """What a library's error says, fit for one line of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(". ")
+    lines = str(error).strip().splitlines()
+    line = lines[0] if lines else type(error).__name__
+    return line[:200].rstrip(". ")
 
 
 # ------------------------------------------------------------------------------------------- progress bars
@@ -108,7 +112,9 @@ class Progress(tqdm):
 
     def __init__(self, total: int, title: str, start: int = 0) -> None:
         self.moves = sys.stderr.isatty()
-        pace = {"dynamic_ncols": True} if self.moves else {"mininterval": 60, "delay": 60, "miniters": 1, "ncols": 100}
+        pace = {"mininterval": 60, "delay": 60, "miniters": 1, "ncols": 100}
+        if self.moves:
+            pace = {"dynamic_ncols": True}
         super().__init__(total=total, initial=start, desc=f"  {title}", disable=self.hidden, leave=False, **pace)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:

@@ -1,10 +1,7 @@
 """One way through any model: its hidden states, its logits, and a cache of keys and values for sampling.
 
-This module alone knows which models there are and in which precision they compute. A GPT-2 takes a lean path: on
-small models most of a step's time goes into the library's generality (masks rebuilt, caches grown by copying,
-wrappers called), so `lean_states` does the same arithmetic on the library's own weights, and gradients flow into
-the same parameters. Every other model goes through the library. `tests/test_policy.py` holds the two to the same
-numbers.
+This module alone knows which models there are and in which precision they compute. A GPT-2 takes the lean path of
+gpt2.py; every other model goes through the library.
 
 Weights are kept in fp32. In bf16 only the matrix products of the blocks are computed: what they add up to, and all
 heads (logits, values, rewards), stay in fp32, for a bf16 logit of 64 can be off by a quarter.
@@ -29,13 +26,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .gpt2 import is_lean, lean_states, product_dtype, seen_mask
 from .text import pad, positions
 
-# ------------------------------------------------------------------------------------------ any causal model
-
 
 def context_length(model_config: PretrainedConfig) -> float:
     """Positions the model can address; infinite if its config sets no limit."""
-    length = getattr(model_config, "max_position_embeddings", None) or getattr(model_config, "n_positions", None)
-    return length or math.inf
+    for name in ("max_position_embeddings", "n_positions"):
+        if getattr(model_config, name, None):
+            return getattr(model_config, name)
+    return math.inf
 
 
 def compute_in(model: Model, dtype: torch.dtype) -> Model:
@@ -47,15 +44,18 @@ def compute_in(model: Model, dtype: torch.dtype) -> Model:
 def autocast(model: Model) -> AbstractContextManager:
     """Matrix products in the model's own precision. Without `compute_in` that is fp32."""
     dtype = getattr(model, "compute_dtype", torch.float32)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(model.device.type, dtype)
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(model.device.type, dtype)
 
 
 @contextmanager
 def sampling(model: Model) -> Iterator[None]:
     """No gradients, and every weight is cast once for all tokens: autocast remembers its casts until its outermost
     context ends. It doesn't in inference mode, which is otherwise the quicker way to do without gradients."""
-    no_gradients = torch.inference_mode if isinstance(autocast(model), nullcontext) else torch.no_grad
-    with autocast(model), no_gradients():
+    precision = autocast(model)
+    no_gradients = torch.inference_mode() if isinstance(precision, nullcontext) else torch.no_grad()
+    with precision, no_gradients:
         yield
 
 
@@ -69,7 +69,8 @@ def in_fp32(head: nn.Module, states: Tensor) -> Tensor:
 def library_head(model: Model) -> Iterator[list[Tensor]]:
     """The library's LM head, in fp32; yields a list that receives the hidden states it is given. Asking the library
     for hidden states would keep those of every layer."""
-    head, seen = model.get_output_embeddings(), []
+    head = model.get_output_embeddings()
+    seen = []
 
     def forward(states: Tensor) -> Tensor:
         seen.append(states)
@@ -89,12 +90,22 @@ def library_inputs(model: Model, ids: Tensor, mask: Tensor, position_ids: Tensor
     and models of Llama's kind take ours. Others may read more from the mask (BLOOM its positions), or hide more (a
     window).
     """
-    n, L, window = ids.shape[1], mask.shape[1], getattr(model.config, "sliding_window", None)
-    rotates = hasattr(model.base_model, "rotary_emb") and not getattr(model.config, "alibi", False)
-    takes_ours = rotates or model.config.model_type == "gpt2"
-    takes_ours = takes_ours and model.config._attn_implementation == "sdpa" and L <= (window or L)
-    mask = seen_mask(mask, n, L) if takes_ours else mask.long()
+    n = ids.shape[1]
+    L = mask.shape[1]
+    if takes_our_mask(model, L):
+        mask = seen_mask(mask, n, L)
+    else:
+        mask = mask.long()
     return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
+
+
+def takes_our_mask(model: Model, L: int) -> bool:
+    """Does this model read nothing but what is seen from the mask, and hide none of L columns by itself?"""
+    config = model.config
+    rotates = hasattr(model.base_model, "rotary_emb") and not getattr(config, "alibi", False)
+    window = getattr(config, "sliding_window", None) or L
+    is_known = rotates or config.model_type == "gpt2"
+    return is_known and config._attn_implementation == "sdpa" and L <= window
 
 
 def hidden_states(model: Model, ids: Tensor, mask: Tensor, last: int) -> Tensor:
@@ -118,10 +129,14 @@ def logits_and_states(model: Model, ids: Tensor, mask: Tensor, last: int) -> tup
 
 def sequence_logits(model: Model, sequences: list[list[int]], pad_id: int) -> Tensor:
     """What a sequence classifier says about each of B sequences of ids, read at its last token: (B, labels)."""
-    if hasattr(model, "score"):  # a causal model: padded on the left, the last tokens of all rows stand in one column
-        ids, mask = (tensor.to(model.device) for tensor in pad(sequences, pad_id, "left"))
-        return in_fp32(model.score, hidden_states(model, ids, mask, 1)[:, -1])
-    ids, mask = (tensor.to(model.device) for tensor in pad(sequences, pad_id, "right"))
+    is_causal = hasattr(model, "score")
+    # A causal model is padded on the left: the last tokens of all rows then stand in one column.
+    ids, mask = pad(sequences, pad_id, "left" if is_causal else "right")
+    ids = ids.to(model.device)
+    mask = mask.to(model.device)
+    if is_causal:
+        states = hidden_states(model, ids, mask, 1)
+        return in_fp32(model.score, states[:, -1])
     return model(input_ids=ids, attention_mask=mask.long()).logits.float()
 
 
@@ -140,12 +155,16 @@ class Cache:
     """
 
     def __init__(self, model: Model, prompt_mask: Tensor, n_new: int) -> None:
-        (B, P), config = prompt_mask.shape, model.config
-        self.model, self.length, self.n_columns = model, P + n_new, 0
+        B, P = prompt_mask.shape
+        config = model.config
+        self.model = model
+        self.length = P + n_new
+        self.n_columns = 0  # read so far
         self.mask = F.pad(prompt_mask, (0, n_new), value=True)  # (B, L)
         self.position = positions(prompt_mask)  # (B, n) of the tokens that come next
         if is_lean(model):
-            size = (config.n_layer, 2, B, config.n_head, self.length, config.n_embd // config.n_head)
+            head_size = config.n_embd // config.n_head
+            size = (config.n_layer, 2, B, config.n_head, self.length, head_size)
             with autocast(model):
                 self.store = torch.zeros(size, device=prompt_mask.device, dtype=product_dtype(prompt_mask.device))
         else:
@@ -155,7 +174,8 @@ class Cache:
 
     def next_logits(self, ids: Tensor) -> Tensor:
         """Read (B, n) new ids and return the logits of the token after them: (B, V)."""
-        mask = self.mask[:, : self.n_columns + ids.shape[1]]
+        n = ids.shape[1]
+        mask = self.mask[:, : self.n_columns + n]
         with autocast(self.model):
             if is_lean(self.model):
                 states = lean_states(self.model.transformer, ids, mask, self.position, 1, self.store)
@@ -166,7 +186,8 @@ class Cache:
                 with library_head(self.model):
                     output = self.model(**inputs, use_cache=True, logits_to_keep=1)
                 logits = output.logits[:, -1]
-        self.n_columns, self.position = self.n_columns + ids.shape[1], self.position[:, -1:] + 1
+        self.n_columns += n
+        self.position = self.position[:, -1:] + 1
         return logits
 
     def repeat(self, k: int) -> None:

@@ -5,8 +5,6 @@ wrappers called). This does the same arithmetic on the library's own weights, an
 parameters. `tests/test_policy.py` holds the two to the same numbers.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +26,9 @@ def is_lean(model: Model) -> bool:
 
 def product_dtype(device: torch.device) -> torch.dtype:
     """In which precision matrix products come out here."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return torch.float32
 
 
 def lean_states(
@@ -41,19 +41,22 @@ def lean_states(
     The final block computes keys and values of all columns, and the rest only of those that are asked for.
     """
     n = ids.shape[1]
-    x = F.embedding(ids, trunk.wte.weight) + F.embedding(position_ids, trunk.wpe.weight)
+    start = mask.shape[1] - n
     length = n if store is None else store.shape[4]
+    x = F.embedding(ids, trunk.wte.weight) + F.embedding(position_ids, trunk.wpe.weight)
     hidden = hiding_mask(mask, n, length, product_dtype(ids.device))
-    for number, block in enumerate(trunk.h, 1):
-        read = last if number == len(trunk.h) else n
-        x = through_block(block, x, hidden, read, None if store is None else store[number - 1], mask.shape[1] - n)
+    for number, block in enumerate(trunk.h):
+        is_final = number == len(trunk.h) - 1
+        block_store = None if store is None else store[number]
+        x = through_block(block, x, hidden, last if is_final else n, block_store, start)
     return norm(x, trunk.ln_f)
 
 
 def hiding_mask(mask: Tensor, n: int, length: int, dtype: torch.dtype) -> Tensor:
     """`seen_mask` as numbers to add to the scores: 0 or -inf, (B, 1, n, length), made once for all layers."""
     seen = seen_mask(mask, n, length)
-    return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill_(~seen, float("-inf"))
+    zeros = torch.zeros(seen.shape, dtype=dtype, device=mask.device)
+    return zeros.masked_fill_(~seen, float("-inf"))
 
 
 def seen_mask(mask: Tensor, n: int, length: int) -> Tensor:
@@ -68,7 +71,9 @@ def seen_mask(mask: Tensor, n: int, length: int) -> Tensor:
         return F.pad(seen, (0, length - L))[:, None, None]
     column = torch.arange(L, device=mask.device)
     row = column[L - n :, None]
-    return (((column <= row) & mask[:, None, :]) | (column == row))[:, None]
+    is_before = column <= row
+    is_itself = column == row
+    return ((is_before & mask[:, None, :]) | is_itself)[:, None]
 
 
 def through_block(block: nn.Module, x: Tensor, hidden: Tensor, last: int, store: Tensor | None, start: int) -> Tensor:
@@ -76,22 +81,33 @@ def through_block(block: nn.Module, x: Tensor, hidden: Tensor, last: int, store:
 
     store: keys and values of this block's cache, (2, B, heads, L, size), or None; new ones go from column `start` on.
     """
+    attended = attention(block, norm(x, block.ln_1), hidden, last, store, start)
+    x = x[:, -last:] + linear(attended, block.attn.c_proj)
+    widened = linear(norm(x, block.ln_2), block.mlp.c_fc)
+    if store is not None and x.device.type == "cpu":  # autograd would have to keep every step of quick_gelu
+        activated = quick_gelu(widened)
+    else:
+        activated = F.gelu(widened, approximate="tanh")
+    return x + linear(activated, block.mlp.c_proj)
+
+
+def attention(block: nn.Module, x: Tensor, hidden: Tensor, last: int, store: Tensor | None, start: int) -> Tensor:
+    """What the `last` columns attend to, all heads side by side: (B, n, D) -> (B, last, D). See `through_block`."""
     B, n, D = x.shape
     heads = block.attn.num_heads
-    qkv = linear(norm(x, block.ln_1), block.attn.c_attn).view(B, n, 3, heads, D // heads)
-    query, key, value = qkv = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, n, size) each
+    qkv = linear(x, block.attn.c_attn).view(B, n, 3, heads, D // heads)
+    qkv = qkv.permute(2, 0, 3, 1, 4)
+    query, key, value = qkv  # (B, heads, n, size) each
     if store is not None:
         store[:, :, :, start : start + n] = qkv[1:]
-    if last < n:
-        x, query, hidden = x[:, -last:], query[:, :, -last:], hidden[:, :, -last:]
+    query = query[:, :, -last:]
+    hidden = hidden[:, :, -last:]
     if store is None or n > 1:  # a whole text, or a prompt: the new tokens are all there are
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=hidden)
     else:  # all columns of the cache, those to come too: cutting them off saves little, and costs with small heads
-        attended = attend_once(query, *store, hidden)
-    x = x + linear(attended.transpose(1, 2).reshape(B, last, D), block.attn.c_proj)
-    # autograd would have to keep every step of quick_gelu, so it is for sampling only
-    gelu = quick_gelu if store is not None and x.device.type == "cpu" else partial(F.gelu, approximate="tanh")
-    return x + linear(gelu(linear(norm(x, block.ln_2), block.mlp.c_fc)), block.mlp.c_proj)
+        keys, values = store
+        attended = attend_once(query, keys, values, hidden)
+    return attended.transpose(1, 2).reshape(B, last, D)
 
 
 def attend_once(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
@@ -99,14 +115,18 @@ def attend_once(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> 
     the fused kernel, which is made for many queries. hidden: (B, 1, 1, L), added to the scores."""
     B, heads, _, size = query.shape
     hidden = hidden.expand(-1, heads, -1, -1).reshape(B * heads, 1, -1)
-    query, keys, values = (x.reshape(B * heads, -1, size) for x in (query, keys, values))
-    weights = torch.baddbmm(hidden, query, keys.transpose(1, 2), alpha=size**-0.5).softmax(-1)
+    query = query.reshape(B * heads, 1, size)
+    keys = keys.reshape(B * heads, -1, size)
+    values = values.reshape(B * heads, -1, size)
+    scores = torch.baddbmm(hidden, query, keys.transpose(1, 2), alpha=size**-0.5)
+    weights = scores.softmax(-1)
     return torch.bmm(weights, values).view(B, heads, 1, size)
 
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
     """Hugging Face's GPT-2 keeps its weights as (in, out): x @ W + b."""
-    return torch.addmm(layer.bias, x.view(-1, x.shape[-1]), layer.weight).view(*x.shape[:-1], -1)
+    rows = x.view(-1, x.shape[-1])
+    return torch.addmm(layer.bias, rows, layer.weight).view(*x.shape[:-1], -1)
 
 
 def norm(x: Tensor, layer: nn.Module) -> Tensor:

@@ -30,23 +30,34 @@ class Batch:
 
     def __getitem__(self, rows: Tensor | list[int]) -> "Batch":
         """Some rows, without the columns that are padding in all of them."""
-        prompt_mask, response_mask = self.prompt_mask[rows], self.response_mask[rows]
-        return self.part(rows, *torch.stack([prompt_mask.sum(1).max(), response_mask.sum(1).max()]).tolist())
+        longest_prompt = self.prompt_mask[rows].sum(1).max()
+        longest_response = self.response_mask[rows].sum(1).max()
+        P, T = torch.stack([longest_prompt, longest_response]).tolist()  # one read
+        return self.part(rows, P, T)
 
     def part(self, rows: Tensor | list[int], P: int, T: int) -> "Batch":
         """Some rows, the last P columns of prompts and the first T (at least one) of responses."""
-        prompts, responses = slice(-P, None), slice(max(T, 1))
-        tensors = (self.prompt_ids, prompts), (self.prompt_mask, prompts)
-        tensors += (self.response_ids, responses), (self.response_mask, responses)
-        return Batch(*(tensor[rows][:, columns] for tensor, columns in tensors))
+        T = max(T, 1)
+        return Batch(
+            prompt_ids=self.prompt_ids[rows][:, -P:],
+            prompt_mask=self.prompt_mask[rows][:, -P:],
+            response_ids=self.response_ids[rows][:, :T],
+            response_mask=self.response_mask[rows][:, :T],
+        )
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+        return Batch(
+            prompt_ids=self.prompt_ids.to(device),
+            prompt_mask=self.prompt_mask.to(device),
+            response_ids=self.response_ids.to(device),
+            response_mask=self.response_mask.to(device),
+        )
 
     def ids_and_mask(self) -> tuple[Tensor, Tensor]:
         """Prompt and response side by side: (B, P + T) ids and bool mask."""
         ids = torch.cat([self.prompt_ids, self.response_ids], 1)
-        return ids, torch.cat([self.prompt_mask, self.response_mask], 1)
+        mask = torch.cat([self.prompt_mask, self.response_mask], 1)
+        return ids, mask
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -61,12 +72,15 @@ def encode_response(tokenizer: Tokenizer, response: str) -> list[int]:
 
 def pad(sequences: list[list[int]], pad_id: int, side: str) -> tuple[Tensor, Tensor]:
     """Lists of ids -> (B, L) ids and bool mask, padded on the 'left' or 'right'."""
-    length = max(max(map(len, sequences)), 1)
+    longest = max(map(len, sequences))
+    length = max(longest, 1)
     ids = torch.full((len(sequences), length), pad_id)
     mask = torch.zeros(len(sequences), length, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
-        place = slice(length - len(sequence), length) if side == "left" else slice(0, len(sequence))
-        ids[row, place], mask[row, place] = torch.tensor(sequence, dtype=torch.long), True
+        start = length - len(sequence) if side == "left" else 0
+        columns = slice(start, start + len(sequence))
+        ids[row, columns] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, columns] = True
     return ids, mask
 
 
@@ -77,26 +91,42 @@ def positions(mask: Tensor) -> Tensor:
 
 def pad_prompts(tokenizer: Tokenizer, prompts: list[str]) -> tuple[Tensor, Tensor]:
     """B texts -> ((B, P) ids, (B, P) mask), left-padded."""
-    return pad([encode_prompt(tokenizer, prompt) for prompt in prompts], tokenizer.pad_token_id, "left")
+    sequences = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    return pad(sequences, tokenizer.pad_token_id, "left")
 
 
 def make_batch(tokenizer: Tokenizer, prompts: list[str], responses: list[str], max_response_tokens: int) -> Batch:
     """Tokenise pairs of texts. A response that fits ends in EOS; a longer one is cut and has none."""
-    sequences = [encode_response(tokenizer, text) + [tokenizer.eos_token_id] for text in responses]
-    responses_padded = pad([ids[:max_response_tokens] for ids in sequences], tokenizer.pad_token_id, "right")
-    return Batch(*pad_prompts(tokenizer, prompts), *responses_padded)
+    sequences = []
+    for response in responses:
+        ids = encode_response(tokenizer, response) + [tokenizer.eos_token_id]
+        sequences.append(ids[:max_response_tokens])
+    prompt_ids, prompt_mask = pad_prompts(tokenizer, prompts)
+    response_ids, response_mask = pad(sequences, tokenizer.pad_token_id, "right")
+    return Batch(prompt_ids, prompt_mask, response_ids, response_mask)
 
 
 def join(batches: Sequence[Batch], pad_id: int) -> Batch:
     """Batches one below the other, as wide as the widest of them."""
     P = max(batch.prompt_ids.shape[1] for batch in batches)
     T = max(batch.response_ids.shape[1] for batch in batches)
-    wide = []
+    widened = []
     for batch in batches:
-        left, right = (P - batch.prompt_ids.shape[1], 0), (0, T - batch.response_ids.shape[1])
-        prompts = F.pad(batch.prompt_ids, left, value=pad_id), F.pad(batch.prompt_mask, left)
-        wide.append((*prompts, F.pad(batch.response_ids, right, value=pad_id), F.pad(batch.response_mask, right)))
-    return Batch(*map(torch.cat, zip(*wide)))
+        left = (P - batch.prompt_ids.shape[1], 0)
+        right = (0, T - batch.response_ids.shape[1])
+        wide = Batch(
+            prompt_ids=F.pad(batch.prompt_ids, left, value=pad_id),
+            prompt_mask=F.pad(batch.prompt_mask, left),
+            response_ids=F.pad(batch.response_ids, right, value=pad_id),
+            response_mask=F.pad(batch.response_mask, right),
+        )
+        widened.append(wide)
+    return Batch(
+        prompt_ids=torch.cat([wide.prompt_ids for wide in widened]),
+        prompt_mask=torch.cat([wide.prompt_mask for wide in widened]),
+        response_ids=torch.cat([wide.response_ids for wide in widened]),
+        response_mask=torch.cat([wide.response_mask for wide in widened]),
+    )
 
 
 def decode(tokenizer: Tokenizer, response_ids: Tensor, response_mask: Tensor) -> list[str]:
