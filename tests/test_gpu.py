@@ -94,7 +94,7 @@ def test_one_seed_draws_the_same_responses_twice(build, tokenizer):
 def test_an_update_waits_for_the_gpu_only_where_it_reads_its_statistics(build, dtype, tokenizer, monkeypatch):
     models = models_of(build, tokenizer, dtype)
     rollout, reads = one_rollout(models, micro=3), []
-    optimizers = [training.adamw(network) for network in (models.policy, models.critic)]
+    optimizers = {"policy": training.adamw(models.policy), "critic": training.adamw(models.critic)}
 
     def allowed(name):
         real = getattr(torch.Tensor, name)

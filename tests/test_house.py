@@ -1,4 +1,5 @@
-"""The rules of the house: who may import whom, short signatures, type hints, a command line that starts at once."""
+"""The rules of the house: who may import whom, one meaning for a name, short functions and signatures, type hints, a
+command line that starts at once."""
 
 import ast
 import importlib.util
@@ -75,8 +76,34 @@ def test_nothing_imports_from_a_higher_layer():
     assert [f"{module} imports {other}" for module, other in pairs if layer(other) > layer(module)] == []
 
 
+def test_the_library_knows_nothing_of_figures_and_tutorials():
+    """They may import crlhf, never the reverse."""
+    wings = {"figures", "tutorials", "tests"}
+    found = []
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            found += [f"{module} imports {name}" for name in names if name.split(".")[0] in wings]
+    assert found == []
+
+
 def test_no_import_goes_in_a_circle():
     TopologicalSorter(IMPORTS).prepare()  # raises an error that names the circle
+
+
+# ------------------------------------------------------------------------------------------------------- names
+
+
+def test_no_public_name_means_two_things():
+    """`main` aside, and the templates of exports, of which each stands alone."""
+    where = {}
+    for module, tree in TREES.items():
+        for node in tree.body:
+            is_named = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+            if is_named and node.name != "main" and ".templates" not in module:
+                where.setdefault(node.name, []).append(module)
+    assert len(where) > 200 and {name: modules for name, modules in where.items() if len(modules) > 1} == {}
 
 
 # -------------------------------------------------------------------------------------------------- signatures
@@ -106,6 +133,17 @@ def test_no_function_takes_more_than_eight_parameters():
     functions = [(module, function) for module in TREES for function in functions_of(module)]
     assert len(functions) > 100
     assert [f"{module}.{function.name}" for module, function in functions if len(parameters(function)) > 8] == []
+
+
+def test_no_function_has_more_than_forty_lines():
+    """Its docstring isn't counted."""
+    long = []
+    for module in TREES:
+        for function in functions_of(module):
+            first = function.body[1 if ast.get_docstring(function) is not None else 0 :]
+            length = function.end_lineno - first[0].lineno + 1 if first else 0
+            long += [f"{module}.{function.name}: {length}"] if length > 40 else []
+    assert long == []
 
 
 @pytest.mark.parametrize("module", TREES)
