@@ -475,10 +475,10 @@ def test_full_disk(monkeypatch, out, capsys):
     succeeds(out)
     saving = "transformers.PreTrainedModel.save_pretrained"
     for place, error in (
+        ("torch.save", full_disk),  # first: what fails after the last step doesn't train, nor save, again
+        ("torch.save", full_disk_of_torch),
         (saving, full_disk),
         (saving, full_disk_of_safetensors),
-        ("torch.save", full_disk),
-        ("torch.save", full_disk_of_torch),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(place, error)
