@@ -17,7 +17,7 @@ from torch import Tensor
 
 from crlhf.engine.files import stream
 from crlhf.evaluate import Z, mean_interval
-from crlhf.judging import judge
+from crlhf.judging.statistics import length_controlled, outcome_shares
 from crlhf.pipeline.plots import finish, plt
 
 from .harness import SEEDS
@@ -82,8 +82,11 @@ def measured(who: Judge, delta: float, n: int, draw: torch.Generator) -> dict[st
     drawn = torch.where(torch.rand(n, generator=draw) < 0.5, first, second)
     both = torch.where(first == second, first, 0.5)
     found = {"of always first": first, "order drawn": drawn, "both orders": both}
-    result = {name: (judge.shares(scores)["win_rate"], judge.shares(scores)["tie"]) for name, scores in found.items()}
-    return result | {"at equal length": (judge.length_controlled(both, z)[0], result["both orders"][1])}
+    result = {}
+    for name, scores in found.items():
+        shares = outcome_shares(scores)
+        result[name] = (shares["win_rate"], shares["tie"])
+    return result | {"at equal length": (length_controlled(both, z)[0], result["both orders"][1])}
 
 
 def preferred(who: Judge, logits: Tensor, draw: torch.Generator) -> Tensor:

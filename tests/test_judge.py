@@ -19,8 +19,10 @@ from conftest import CHROMIUM, browse
 from crlhf.__main__ import main
 from crlhf.config import Config, JudgeConfig, UserError
 from crlhf.engine.files import read_json, read_jsonl, stream, write_json, write_jsonl
-from crlhf.judging import judge as J
-from crlhf.judging import people
+from crlhf.judging import people, statistics
+from crlhf.judging.endpoint import Endpoint, retry_after
+from crlhf.judging.pairs import make_pairs, question_messages, read_verdict
+from crlhf.judging.verdicts import combine_orders
 
 judges = importlib.import_module("figures.judges")  # whose function has its name
 
@@ -36,9 +38,9 @@ def side(word, gold=None):
 
 
 def test_pairs_are_blind_and_follow_from_the_seed():
-    pairs, keys = J.make_pairs(side("good"), side("bad"), 20, 3)
-    assert (pairs, keys) == J.make_pairs(side("good"), side("bad"), 20, 3)
-    assert pairs != J.make_pairs(side("good"), side("bad"), 20, 4)[0]
+    pairs, keys = make_pairs(side("good"), side("bad"), 20, 3)
+    assert (pairs, keys) == make_pairs(side("good"), side("bad"), 20, 3)
+    assert pairs != make_pairs(side("good"), side("bad"), 20, 4)[0]
     assert all(set(pair) == {"id", "prompt", "a", "b"} for pair in pairs) and len({pair["id"] for pair in pairs}) == 20
     firsts = 0
     for pair, key in zip(pairs, keys):
@@ -47,12 +49,12 @@ def test_pairs_are_blind_and_follow_from_the_seed():
         assert pair["prompt"] == PROMPTS[key["row"]] and pair[good] == f"good {key['row']}"
         firsts += good == "a"
     assert 4 < firsts < 16
-    assert len(J.make_pairs(side("good"), side("bad"), 1000, 0)[0]) == 30
+    assert len(make_pairs(side("good"), side("bad"), 1000, 0)[0]) == 30
 
 
 def test_sides_must_answer_the_same_prompts():
     with pytest.raises(UserError, match="different prompts"):
-        J.make_pairs(side("good"), side("bad")[::-1], 5, 0)
+        make_pairs(side("good"), side("bad")[::-1], 5, 0)
 
 
 # ------------------------------------------------------------------------------------------- statistics
@@ -73,7 +75,7 @@ def test_sides_must_answer_the_same_prompts():
 )
 def test_two_orders_make_one_verdict(verdict, swapped, of_is_a, score, flipped, firsts, choices):
     expected = {"score": score, "flipped": flipped, "firsts": firsts, "choices": choices}
-    assert J.combine(verdict, swapped, of_is_a) == expected
+    assert combine_orders(verdict, swapped, of_is_a) == expected
 
 
 @pytest.mark.parametrize(
@@ -88,15 +90,15 @@ def test_two_orders_make_one_verdict(verdict, swapped, of_is_a, score, flipped, 
     ],
 )
 def test_verdicts_are_read_and_never_guessed(answer, verdict):
-    assert J.read_verdict(answer) == verdict
+    assert read_verdict(answer) == verdict
 
 
 def test_shares_and_their_bootstrap():
     scores = torch.tensor([1.0] * 50 + [0.5] * 20 + [0.0] * 30)
-    found = J.shares(scores)
+    found = statistics.outcome_shares(scores)
     exact = {"win": 0.5, "tie": 0.2, "loss": 0.3, "margin": 0.2, "win_rate": 0.6}
     assert found == {name: pytest.approx(value) for name, value in exact.items()}
-    low, high = J.bootstrap(scores, lambda some: J.shares(some)["margin"], 0)
+    low, high = statistics.bootstrap(scores, lambda some: statistics.outcome_shares(some)["margin"], 0)
     sd = math.sqrt((0.5 + 0.3 - 0.2**2) / 100)  # of a mean of values 1, 0 and -1
     assert low == pytest.approx(0.2 - 1.96 * sd, abs=0.02) and high == pytest.approx(0.2 + 1.96 * sd, abs=0.02)
 
@@ -105,8 +107,8 @@ def test_kappa_of_a_textbook_table():
     """20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: agreement 0.7, chance 0.5, kappa 0.4."""
     a = ["yes"] * 25 + ["no"] * 25
     b = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
-    assert J.kappa(a, b) == pytest.approx(0.4) and J.kappa(a, a) == 1.0
-    assert math.isnan(J.kappa(["x"] * 3, ["x"] * 3))
+    assert statistics.kappa(a, b) == pytest.approx(0.4) and statistics.kappa(a, a) == 1.0
+    assert math.isnan(statistics.kappa(["x"] * 3, ["x"] * 3))
 
 
 def test_a_judge_of_lengths_is_even_at_equal_length():
@@ -115,22 +117,22 @@ def test_a_judge_of_lengths_is_even_at_equal_length():
     z = longer / longer.std()
     won = (torch.rand(4000, generator=draw) < (0.0 + 1.2 * z).sigmoid()).double()
     assert won.mean() > 0.75  # the policy writes more, and that is all it wins by
-    rate, gamma = J.length_controlled(won, longer)
+    rate, gamma = statistics.length_controlled(won, longer)
     assert rate == pytest.approx(0.5, abs=0.05) and gamma == pytest.approx(1.2, abs=0.15)
     fair = (torch.rand(4000, generator=draw) < 0.7).double()
-    assert J.length_controlled(fair, longer)[0] == pytest.approx(0.7, abs=0.03)
-    assert J.length_controlled(torch.ones(20), torch.zeros(20))[0] < 1  # finite where all are won
+    assert statistics.length_controlled(fair, longer)[0] == pytest.approx(0.7, abs=0.03)
+    assert statistics.length_controlled(torch.ones(20), torch.zeros(20))[0] < 1  # finite where all are won
 
 
 def test_the_fit_is_where_the_slope_is_zero():
     scores, longer = torch.tensor([1.0, 0.5, 0.0, 1.0, 0.0]), torch.tensor([2.0, 1.0, -1.0, -2.0, 3.0])
-    rate, gamma = J.length_controlled(scores, longer)
+    rate, gamma = statistics.length_controlled(scores, longer)
     z, theta = (longer / longer.std()).double(), math.log(rate / (1 - rate))
 
     def loss(theta, gamma):
         p = torch.sigmoid(theta + gamma * z)
         own = scores.double()
-        return -(own * p.log() + (1 - own) * (1 - p).log()).sum() + (theta**2 + gamma**2) / (2 * J.SPREAD**2)
+        return -(own * p.log() + (1 - own) * (1 - p).log()).sum() + (theta**2 + gamma**2) / (2 * statistics.PRIOR_SD**2)
 
     best = loss(theta, gamma)
     for step in (1e-3, -1e-3):
@@ -140,7 +142,7 @@ def test_the_fit_is_where_the_slope_is_zero():
 def test_accuracy_rises_with_the_true_difference():
     gold = torch.tensor([0.1, -0.1, 0.2, -2.0, 3.0, 0.0])
     scores = torch.tensor([0.0, 0.5, 1.0, 0.0, 1.0, 1.0])  # wrong, tie, right; right, right; not counted
-    small, large = J.accuracy(scores, gold, 2)
+    small, large = statistics.accuracy(scores, gold, 2)
     assert (small["pairs"], small["right"]) == (3, 0.5)
     assert (small["low"], small["high"]) == (pytest.approx(0.1), pytest.approx(0.2))
     assert (large["pairs"], large["right"]) == (2, 1.0)
@@ -256,14 +258,14 @@ def test_without_an_address_only_pairs_are_written(run, capsys):
 
 def test_what_may_pass_is_tried_again(server):
     waited = []
-    endpoint = J.Endpoint(server, "m", retries=4, wait=waited.append)
+    endpoint = Endpoint(server, "m", retries=4, wait=waited.append)
     soon = email.utils.formatdate(time.time() + 100, usegmt=True)
     Judge.replies = [(429, {"Retry-After": "3"}, "slow down"), (503, {"Retry-After": soon}, ""), (500, {}, "oops")]
     pair = {"prompt": "x", "a": "good", "b": "bad"}
-    assert endpoint.ask(J.question(pair, "r", False)) == ("Hm. [[A]]", 7)
+    assert endpoint.ask(question_messages(pair, "r", False)) == ("Hm. [[A]]", 7)
     assert waited == [3.0, pytest.approx(100, abs=5), 4.0]
-    assert J.read_verdict(endpoint.ask(J.question(pair, "r", True))[0]) == "B"  # the other order
-    assert [J.retry_after(text) for text in (None, "", "x", "nan", "1e9")] == [None, None, None, 0.0, 600.0]
+    assert read_verdict(endpoint.ask(question_messages(pair, "r", True))[0]) == "B"  # the other order
+    assert [retry_after(text) for text in (None, "", "x", "nan", "1e9")] == [None, None, None, 0.0, 600.0]
 
 
 @pytest.mark.parametrize(
@@ -372,7 +374,7 @@ def test_the_page_holds_the_pairs_and_not_the_key(page, run):
     assert "contrastive" not in page and '"of"' not in page and "ppo" not in page
     assert "http" not in page.replace("http-equiv", "") and "default-src 'none'" in page
     evil = [{"id": "1", "prompt": "</script><script>alert(1)</script>", "a": "<!--", "b": "\u2028"}]
-    hidden = people.page(evil).split('id="data">')[1].split("</script>")[0]
+    hidden = people.rater_page(evil).split('id="data">')[1].split("</script>")[0]
     assert "<" not in hidden and json.loads(hidden)["pairs"] == evil
 
 
@@ -454,7 +456,7 @@ def test_the_page_in_a_browser(page, run, tmp_path, capsys):
 
 
 def test_the_defaults_are_those_of_the_config():
-    assert J.Endpoint("u", "m").retries == JudgeConfig.judge_retries
+    assert Endpoint("u", "m").retries == JudgeConfig.judge_retries
 
 
 # ------------------------------------------------------------------------------------- simulated judges

@@ -1,1 +1,5 @@
-"""`python -m crlhf judge`: blind pairs, judged by a language model or by people, and how far to trust them."""
+"""`python -m crlhf judge`: blind pairs, judged by a language model or by people, and how far to trust them.
+
+pairs.py makes the pairs, endpoint.py asks a model about them, people.py asks raters, verdicts.py turns answers into
+scores, statistics.py and report.py say what the scores come to, command.py ties them together.
+"""

@@ -1,0 +1,133 @@
+"""A language model behind an address that speaks the chat-completions protocol, and the file that keeps its answers.
+
+Every answer is on the disk before the next question, so a comparison that was stopped asks only for what is missing.
+"""
+
+import email.utils
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from ..config import JudgeConfig, UserError
+from ..engine.files import Progress, append_jsonl
+from .pairs import Question
+
+LONGEST_PAUSE = 600.0  # seconds
+REFUSALS = {401: "set the key", 403: "set another key", 404: "check the address and --judge-model"}
+
+
+class RefuseRedirects(urllib.request.HTTPRedirectHandler):
+    """An answer that sends us elsewhere is refused: the key would go along."""
+
+    def redirect_request(self, *arguments: object) -> None:
+        return None
+
+
+OPENER = urllib.request.build_opener(RefuseRedirects)
+
+
+@dataclass
+class Endpoint:
+    """Where to ask, and as whom. The key is sent, and never written or shown."""
+
+    url: str
+    model: str
+    key: str = ""
+    timeout: float = JudgeConfig.judge_timeout
+    retries: int = JudgeConfig.judge_retries
+    wait: Callable[[float], None] = time.sleep
+
+    def ask(self, messages: list[dict]) -> tuple[str, int]:
+        """(answer, tokens) at temperature 0. What may pass is tried again; what may not is a UserError."""
+        request = self.request(messages)
+        for attempt in range(self.retries + 1):
+            pause = 2.0**attempt
+            try:
+                with OPENER.open(request, timeout=self.timeout) as reply:
+                    return self.read_reply(reply.read())
+            except urllib.error.HTTPError as error:
+                may_pass = error.code == 429 or error.code >= 500
+                if not may_pass:
+                    mend = REFUSALS.get(error.code, "check --judge-model, and that a pair isn't too long for it")
+                    raise UserError(f"--judge-url {self.url} refuses (status {error.code})", mend) from None
+                trouble = f"status {error.code}"
+                pause = retry_after(error.headers.get("Retry-After"), pause)
+            except (OSError, http.client.HTTPException) as error:  # down, too slow, cut off
+                reason = getattr(error, "reason", error)
+                trouble = str(reason) or type(error).__name__
+            if attempt < self.retries:
+                self.wait(pause)
+        what = f"--judge-url {self.url} doesn't answer ({trouble}, {self.retries + 1} tries)"
+        raise UserError(what, "see that it runs, and repeat the command: no answer is asked for twice")
+
+    def request(self, messages: list[dict]) -> urllib.request.Request:
+        body = json.dumps({"model": self.model, "messages": messages, "temperature": 0})
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        address = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        return urllib.request.Request(address, body.encode(), headers)
+
+    def read_reply(self, reply: bytes) -> tuple[str, int]:
+        """(answer, tokens) of a chat completion."""
+        try:
+            completion = json.loads(reply)
+            answer = completion["choices"][0]["message"]["content"]
+            usage = completion.get("usage") or {}
+            return str(answer or ""), int(usage.get("total_tokens") or 0)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            start = reply[:60].decode("utf-8", "replace").replace("\n", " ")
+            mend = "give the address of a chat-completions endpoint, which mostly ends in /v1"
+            raise UserError(f"--judge-url {self.url} answers something else ({start!a})", mend) from None
+
+
+def retry_after(header: str | None, otherwise: float | None = None) -> float | None:
+    """Seconds to wait, from the header's seconds or date, at most ten minutes; `otherwise` where it says neither."""
+    try:
+        seconds = float(header or "")
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        except (ValueError, TypeError):
+            return otherwise
+    return min(max(0.0, seconds), LONGEST_PAUSE)  # in this order a header of 'nan' is 0
+
+
+def is_address(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme in ("http", "https") and bool(parts.netloc)
+
+
+def read_answers(path: Path) -> dict[str, str]:
+    """Name of a question -> answer. A line that a kill cut in two is left out, and asked again."""
+    answers = {}
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):
+        try:
+            row = json.loads(line)
+            answers[row["name"]] = str(row["answer"])
+        except (ValueError, TypeError, KeyError):
+            continue
+    return answers
+
+
+def ask_missing(endpoint: Endpoint, questions: list[Question], answers: dict[str, str], path: Path) -> None:
+    """Ask what has no answer yet, and add each answer to `answers` and to the file."""
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        append_jsonl(path, [{}])  # ends the line that a kill cut
+    missing = {question.name: question for question in questions if question.name not in answers}
+    tokens = 0
+    with Progress(len(questions), f"asking {endpoint.model}", len(questions) - len(missing)) as bar:
+        for name, question in missing.items():
+            answer, used = endpoint.ask(question.messages)
+            append_jsonl(path, [{"name": name, "answer": answer, "tokens": used}])
+            answers[name] = answer
+            tokens += used
+            bar.set_postfix_str(f"{tokens} tokens", refresh=False)
+            bar.update()

@@ -1,0 +1,90 @@
+"""Blind pairs of two policies' responses, and the questions that a language model is asked about them.
+
+A pair shows a prompt and the responses A and B; which policy wrote which stands in its key alone. A model is asked
+about each pair twice, with the responses in either order: a judge who likes what stands first then contradicts itself.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+
+import torch
+
+from ..config import UserError
+from ..engine.files import shuffled, stream
+
+FIRST = "A"
+SECOND = "B"
+TIE = "tie"
+IN_OTHER_ORDER = {FIRST: SECOND, SECOND: FIRST, TIE: TIE}  # what a verdict is called when the responses change places
+
+RUBRIC = """You compare two responses to one prompt. Which of them would a careful reader rather have: well formed,
+to the point, and not longer than it needs to be. The order in which they stand, and their length, are no reasons.
+Think if you must, and end with one line that holds nothing but [[A]], [[B]] or [[tie]].
+"""
+
+
+def make_pairs(rows: list[dict], other_rows: list[dict], n: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """Rows {prompt, response} of two policies, on the same prompts -> n blind pairs, and the key to them.
+
+    Pairs are {id, prompt, a, b}. Keys are {id, a, b, row} with "of" and "against" for the policy that a letter hides.
+    Which prompts, and which policy stands first, follow from the seed. Raises UserError if the prompts differ.
+    """
+    prompts = [row["prompt"] for row in rows]
+    other_prompts = [row["prompt"] for row in other_rows]
+    if prompts != other_prompts:
+        mend = "give responses to the same prompts in the same order"
+        raise UserError("the two sides answer different prompts", mend)
+    chosen = sorted(shuffled(len(rows), seed, "judged prompts")[:n])
+    draws = torch.rand(len(chosen), generator=stream(seed, "judged order"))
+    pairs = []
+    keys = []
+    for row, draw in zip(chosen, draws.tolist()):
+        texts = {"of": rows[row]["response"], "against": other_rows[row]["response"]}
+        content = json.dumps([prompts[row], texts["of"], texts["against"], row])
+        pair_id = hashlib.sha256(content.encode()).hexdigest()[:12]
+        if draw < 0.5:
+            a, b = "of", "against"
+        else:
+            a, b = "against", "of"
+        pairs.append({"id": pair_id, "prompt": prompts[row], "a": texts[a], "b": texts[b]})
+        keys.append({"id": pair_id, "a": a, "b": b, "row": row})
+    return pairs, keys
+
+
+@dataclass(frozen=True)
+class Question:
+    """One call about one pair."""
+
+    pair_id: str
+    messages: list[dict]
+    name: str  # a hash of model and messages: what was asked once isn't asked again
+
+
+def make_questions(pairs: list[dict], rubric: str, model: str) -> list[Question]:
+    """Two for every pair: with its responses in their own order, then in the other."""
+    questions = []
+    for pair in pairs:
+        for swapped in (False, True):
+            messages = question_messages(pair, rubric, swapped)
+            content = json.dumps([model, messages], ensure_ascii=False)
+            name = hashlib.sha256(content.encode()).hexdigest()
+            questions.append(Question(pair["id"], messages, name))
+    return questions
+
+
+def question_messages(pair: dict, rubric: str, swapped: bool) -> list[dict]:
+    """The chat that asks about one pair, in its own order or in the other."""
+    first = pair["b"] if swapped else pair["a"]
+    second = pair["a"] if swapped else pair["b"]
+    text = f"Prompt:\n{pair['prompt']}\n\nResponse A:\n{first}\n\nResponse B:\n{second}"
+    return [{"role": "system", "content": rubric}, {"role": "user", "content": text}]
+
+
+def read_verdict(answer: str) -> str | None:
+    """FIRST, SECOND or TIE from the last [[...]] of an answer; None if there is none. Other words say nothing."""
+    marks = re.findall(r"\[\[\s*(A|B|tie)\s*\]\]", answer, re.IGNORECASE)
+    if not marks:
+        return None
+    return TIE if marks[-1].lower() == TIE else marks[-1].upper()
