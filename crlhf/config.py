@@ -202,7 +202,7 @@ class JudgeConfig:
     of: str = knob("contrastive", "the policy that is judged: a method of the run, or a file of {prompt, response}")
     against: str = knob("ppo", "the one that it is compared with: a method of the run, 'sft', or a file")
     prompts: int = knob(100, "how many pairs, drawn from the held-out prompts", 2, 100_000)
-    seed: int = knob(0, "of the draw of prompts, and of who stands first", 0, 2**63 - 1)
+    seed: int = knob(0, "of the draw of prompts", 0, 2**63 - 1)
     out: str = knob("", "folder for pairs, answers and report (default: RUN/judge/OF-against-AGAINST)")
     by: str = knob("model", "who judges: a language model, or people with a page of their own",
                    choices=("model", "people"))  # fmt: skip

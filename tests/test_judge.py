@@ -3,7 +3,9 @@
 import contextlib
 import csv
 import email.utils
+import hashlib
 import importlib
+import itertools
 import json
 import math
 import re
@@ -37,10 +39,12 @@ def side(word, gold=None):
 # ------------------------------------------------------------------------------------------------ pairs
 
 
-def test_pairs_are_blind_and_follow_from_the_seed():
-    pairs, keys = make_pairs(side("good"), side("bad"), 20, 3)
-    assert (pairs, keys) == make_pairs(side("good"), side("bad"), 20, 3)
-    assert pairs != make_pairs(side("good"), side("bad"), 20, 4)[0]
+def test_pairs_are_blind_and_follow_from_seed_and_salt():
+    pairs, keys = make_pairs(side("good"), side("bad"), 20, 3, "salt")
+    assert (pairs, keys) == make_pairs(side("good"), side("bad"), 20, 3, "salt")
+    assert [key["row"] for key in keys] != [
+        key["row"] for key in make_pairs(side("good"), side("bad"), 20, 4, "salt")[1]
+    ]
     assert all(set(pair) == {"id", "prompt", "a", "b"} for pair in pairs) and len({pair["id"] for pair in pairs}) == 20
     firsts = 0
     for pair, key in zip(pairs, keys):
@@ -49,12 +53,65 @@ def test_pairs_are_blind_and_follow_from_the_seed():
         assert pair["prompt"] == PROMPTS[key["row"]] and pair[good] == f"good {key['row']}"
         firsts += good == "a"
     assert 4 < firsts < 16
-    assert len(make_pairs(side("good"), side("bad"), 1000, 0)[0]) == 30
+    assert len(make_pairs(side("good"), side("bad"), 1000, 0, "salt")[0]) == 30
+
+
+def two_files(folder, n=30):
+    """Options for a comparison of two files."""
+    options = []
+    for option, word in (("--of", "good"), ("--against", "bad")):
+        rows = [{"prompt": f"the plot was dull {i} .", "response": f"{word} {i}"} for i in range(n)]
+        write_jsonl(folder / f"{word}.jsonl", rows)
+        options += [option, str(folder / f"{word}.jsonl")]
+    return options
+
+
+def of_first(pairs):
+    """Where `of` stands first: the truth, which an attacker doesn't have."""
+    return torch.tensor([pair["a"].startswith("good") for pair in pairs])
+
+
+def test_pairs_stay_blind_for_who_knows_everything_but_the_salt(tmp_path):
+    """200 pairs with the default seed. The attacker has page, code, both policies' files, and may run the command."""
+    options = [*two_files(tmp_path, 200), "--prompts", "200"]
+    for name in ("sent", "attack"):
+        assert main(["judge", *options, "--out", str(tmp_path / name)]) == 0
+    pairs, attack = (read_jsonl(tmp_path / name / "pairs.jsonl") for name in ("sent", "attack"))
+    salt = read_json(tmp_path / "sent" / "key.json")["salt"]
+    assert len(pairs) == 200 and salt not in people.rater_page(pairs)
+    ids = {pair["id"] for pair in pairs}
+    guessed_orders = [torch.rand(200, generator=stream(0, "judged order")) < 0.5, of_first(attack)]
+    guessed_ids = {pair["id"] for pair in attack}
+    of, against = (read_jsonl(tmp_path / f"{word}.jsonl") for word in ("good", "bad"))
+    for guess in ("", "0", "None", people.comparison_of(pairs), "salt"):
+        made, _ = make_pairs(of, against, 200, 0, guess)
+        guessed_orders.append(of_first(made))
+        guessed_ids |= {pair["id"] for pair in made}
+    for pair, row in itertools.product(pairs, range(200)):
+        for texts in ([pair["a"], pair["b"]], [pair["b"], pair["a"]]):
+            content = json.dumps([pair["prompt"], *texts, row])
+            guessed_ids.add(hashlib.sha256(content.encode()).hexdigest()[:12])
+    assert not ids & guessed_ids
+    for guess in guessed_orders:
+        assert 60 < (guess == of_first(pairs)).sum() < 140  # a coin's guesses; 2 in 10^8 lie outside
+
+
+def test_an_unfinished_comparison_goes_on_with_its_salt(tmp_path):
+    options = [*two_files(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(["judge", *options, "--prompts", "10"]) == 0
+    pairs = read_jsonl(tmp_path / "out" / "pairs.jsonl")
+    (tmp_path / "out" / "pairs.jsonl").unlink()  # as a kill leaves it
+    assert main(["judge", *options, "--prompts", "10"]) == 0
+    assert read_jsonl(tmp_path / "out" / "pairs.jsonl") == pairs
+    assert main(["judge", *options, "--prompts", "30"]) == 0  # more of them: the first ten stay as they were
+    assert all(pair in read_jsonl(tmp_path / "out" / "pairs.jsonl") for pair in pairs)
+    assert main(["judge", *options, "--prompts", "10", "--seed", "1"]) == 0  # another comparison
+    assert not {pair["id"] for pair in read_jsonl(tmp_path / "out" / "pairs.jsonl")} & {pair["id"] for pair in pairs}
 
 
 def test_sides_must_answer_the_same_prompts():
     with pytest.raises(UserError, match="different prompts"):
-        make_pairs(side("good"), side("bad")[::-1], 5, 0)
+        make_pairs(side("good"), side("bad")[::-1], 5, 0, "salt")
 
 
 # ------------------------------------------------------------------------------------------- statistics

@@ -14,6 +14,7 @@ from ..pipeline.options import Parser, add_options, read_settings
 from ..pipeline.output import show
 from ..pipeline.reading import read_rows
 from ..pipeline.tables import write_csv
+from .comparison import read_key, salt_for
 from .endpoint import Endpoint, ask_missing, is_address, read_answers
 from .pairs import RUBRIC, make_pairs, make_questions
 from .people import collect_answers, rater_page
@@ -33,10 +34,12 @@ def main(arguments: list[str]) -> None:
     check_folder(out)
     rubric = read_rubric(config)
     with runs.lock(out):
-        pairs, keys = make_pairs(rows, other_rows, config.prompts, config.seed)
+        salt = salt_for(config, read_key(out))
+        pairs, keys = make_pairs(rows, other_rows, config.prompts, config.seed, salt)
         answers_of = collect_answers(files, pairs)
+        key = {"of": config.of, "against": config.against, "seed": config.seed, "salt": salt, "pairs": keys}
+        write_json(out / "key.json", key)  # before the pairs: a stop in between must not lose the salt
         write_atomic(out / "pairs.jsonl", json_lines(pairs))
-        write_json(out / "key.json", {"of": config.of, "against": config.against, "seed": config.seed, "pairs": keys})
         show(f"{len(pairs)} blind pairs in {out / 'pairs.jsonl'}, their key in {out / 'key.json'}")
         if config.by == "people" and not files:
             write_atomic(out / "people.html", rater_page(pairs))

@@ -9,10 +9,8 @@ import json
 import re
 from dataclasses import dataclass
 
-import torch
-
 from ..config import UserError
-from ..engine.files import shuffled, stream
+from ..engine.files import shuffled
 
 FIRST = "A"
 SECOND = "B"
@@ -25,11 +23,12 @@ Think if you must, and end with one line that holds nothing but [[A]], [[B]] or 
 """
 
 
-def make_pairs(rows: list[dict], other_rows: list[dict], n: int, seed: int) -> tuple[list[dict], list[dict]]:
+def make_pairs(rows: list[dict], other_rows: list[dict], n: int, seed: int, salt: str) -> tuple[list[dict], list[dict]]:
     """Rows {prompt, response} of two policies, on the same prompts -> n blind pairs, and the key to them.
 
     Pairs are {id, prompt, a, b}. Keys are {id, a, b, row} with "of" and "against" for the policy that a letter hides.
-    Which prompts, and which policy stands first, follow from the seed. Raises UserError if the prompts differ.
+    Which prompts follows from the seed; ids, and which policy stands first, from the salt alone: a pair is blind as
+    long as the salt is secret. Raises UserError if the prompts differ.
     """
     prompts = [row["prompt"] for row in rows]
     other_prompts = [row["prompt"] for row in other_rows]
@@ -37,14 +36,13 @@ def make_pairs(rows: list[dict], other_rows: list[dict], n: int, seed: int) -> t
         mend = "give responses to the same prompts in the same order"
         raise UserError("the two sides answer different prompts", mend)
     chosen = sorted(shuffled(len(rows), seed, "judged prompts")[:n])
-    draws = torch.rand(len(chosen), generator=stream(seed, "judged order"))
     pairs = []
     keys = []
-    for row, draw in zip(chosen, draws.tolist()):
+    for row in chosen:
         texts = {"of": rows[row]["response"], "against": other_rows[row]["response"]}
-        content = json.dumps([prompts[row], texts["of"], texts["against"], row])
-        pair_id = hashlib.sha256(content.encode()).hexdigest()[:12]
-        if draw < 0.5:
+        digest = hashlib.sha256(f"{salt}/{row}".encode()).digest()
+        pair_id = digest[:6].hex()
+        if digest[6] < 128:
             a, b = "of", "against"
         else:
             a, b = "against", "of"
