@@ -8,6 +8,7 @@ import importlib
 import itertools
 import json
 import math
+import os
 import re
 import threading
 import time
@@ -396,6 +397,111 @@ def test_two_files_are_compared_in_a_folder_of_their_own(tmp_path, server, capsy
     write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "x"}])
     assert main(["judge", *asked, "--out", str(tmp_path / "new")]) == 2
     assert "bad.jsonl, row 1: needs a text 'prompt' and a text 'response'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "key.json", "rubric.txt", "people.html", "answers.jsonl", "judge.md"])
+@pytest.mark.parametrize("text", ["mine", '{"of": 1, "type": "service_account"}', ""])
+def test_files_of_the_user_are_not_overwritten(name, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text(text)
+    (out / "thesis.txt").write_text("years of work")
+    options = [*two_files(tmp_path), "--out", str(out)]
+    assert main(["judge", *options]) == 2 and "holds other things than a comparison" in capsys.readouterr().err
+    (out / "thesis.txt").unlink()  # the file alone is the user's, too
+    assert main(["judge", *options]) == 2 and "holds other things than a comparison" in capsys.readouterr().err
+    assert (out / name).read_text() == text and [path.name for path in out.iterdir()] == [name]
+
+
+def test_a_rubric_that_was_edited_in_its_place_is_kept(tmp_path, capsys):
+    out = tmp_path / "out"
+    options = [*two_files(tmp_path), "--out", str(out)]
+    assert main(["judge", *options]) == 0
+    (out / "rubric.txt").write_text("Be kind. [[A]], [[B]] or [[tie]]")
+    assert main(["judge", *options]) == 2 and "rubric.txt holds another rubric" in capsys.readouterr().err
+    assert main(["judge", *options, "--judge-rubric", str(out / "rubric.txt")]) == 0
+    assert (out / "rubric.txt").read_text().startswith("Be kind")
+
+
+WRITTEN = [
+    "pairs.jsonl",
+    "key.json",
+    "rubric.txt",
+    "answers.jsonl",
+    "people.html",
+    "judge.csv",
+    "judge.md",
+    "judge.png",
+]
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_nothing_is_written_through_a_link_or_into_a_folder(is_ours, run, tmp_path, capsys):
+    target = tmp_path / "precious.txt"
+    target.write_text("precious")
+    for name in (*WRITTEN, *(f"{name}.tmp" for name in WRITTEN), "judge.tmp.png", ".lock"):
+        out = tmp_path / f"out of {name}"
+        out.mkdir()
+        if is_ours:
+            write_json(out / "key.json", {"of": "contrastive", "against": "ppo", "seed": 0, "pairs": []})
+            (out / name).unlink(missing_ok=True)
+        (out / name).symlink_to(target)
+        assert main(["judge", str(run), "--out", str(out)]) == 2
+        assert f"{name} is a link" in capsys.readouterr().err and target.read_text() == "precious"
+        (out / name).unlink()
+        if name != ".lock":
+            (out / name).mkdir()
+            assert main(["judge", str(run), "--out", str(out)]) == 2
+            says = f"{name} is a link or a folder where a file of this comparison goes"
+            assert says in capsys.readouterr().err
+
+
+def test_a_stop_at_any_rename_goes_on(run, server, tmp_path, monkeypatch):
+    """Stopped before each rename, with its temporary file cut in half: the same command goes on to the end."""
+    names = []
+    replace = os.replace
+
+    def stop(source, target):
+        names.append(str(target))
+        if len(names) == stop.at:
+            with open(source, "r+b") as file:
+                file.truncate(os.path.getsize(source) // 2)
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    for stop.at in range(1, 8):
+        out = tmp_path / str(stop.at)
+        names.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", stop)
+            stopped = command(run, server, "--out", str(out))
+        assert stopped == (130 if len(names) >= stop.at else 0)
+        key = out / "key.json"
+        salt = read_json(key)["salt"] if key.exists() else None
+        assert command(run, server, "--out", str(out)) == 0
+        assert "100% [100, 100] / 0%" in (out / "judge.md").read_text()
+        assert salt in (None, read_json(key)["salt"])
+    assert stopped == 0 and len(names) == 6  # key, pairs, rubric, table, picture, report
+
+
+@pytest.mark.parametrize("text", ["", "{", '{\n  "of": "contr'])
+def test_a_key_that_a_kill_cut_is_ours(text, run, capsys):
+    out = run / "judge" / "contrastive-against-ppo"
+    out.mkdir(parents=True)
+    (out / "key.json.tmp").write_text(text)
+    assert main(["judge", str(run)]) == 0
+    assert not (out / "key.json.tmp").exists()
+
+
+def test_a_temporary_file_of_the_user_is_not_ours(run, capsys):
+    out = run / "judge" / "contrastive-against-ppo"
+    out.mkdir(parents=True)
+    (out / "key.json.tmp").write_text('{"type": "service_account"}')
+    assert main(["judge", str(run)]) == 2 and "holds other things than a comparison" in capsys.readouterr().err
+    assert (out / "key.json.tmp").read_text() == '{"type": "service_account"}'
 
 
 # ---------------------------------------------------------------------------------------------- people

@@ -14,7 +14,7 @@ from ..pipeline.options import Parser, add_options, read_settings
 from ..pipeline.output import show
 from ..pipeline.reading import read_rows
 from ..pipeline.tables import write_csv
-from .comparison import read_key, salt_for
+from .comparison import check_folder, read_key, salt_for, write_rubric
 from .endpoint import Endpoint, ask_missing, is_address, read_answers
 from .pairs import RUBRIC, make_pairs, make_questions
 from .people import collect_answers, rater_page
@@ -23,7 +23,6 @@ from .verdicts import model_rows, pair_facts, rater_rows
 
 ABOUT = """Compare two policies as papers do: blind pairs, each asked twice in either order. RUN is the folder of a
 finished run; without it --of and --against are two files of {prompt, response}, and --out is needed."""
-OURS = {"pairs.jsonl", "key.json", "rubric.txt", "answers.jsonl", "people.html", "judge.csv", "judge.md", "judge.png"}
 
 
 def main(arguments: list[str]) -> None:
@@ -57,7 +56,7 @@ def main(arguments: list[str]) -> None:
 
 def ask_model(config: JudgeConfig, pairs: list[dict], rubric: str, facts: dict, out: Path) -> list[dict]:
     """Rows of the language model's verdicts; none for a dry run or without an address: then calls are counted."""
-    write_atomic(out / "rubric.txt", rubric)
+    write_rubric(out / "rubric.txt", rubric)
     questions = make_questions(pairs, rubric, config.judge_model)
     answers = read_answers(out / "answers.jsonl")
     if config.dry_run or not config.judge_url:
@@ -118,15 +117,6 @@ def read_side(run: Path | None, name: str, side: str) -> list[dict]:
         if not isinstance(row.get("prompt"), str) or not isinstance(row.get("response"), str):
             raise UserError(f"{path}, row {number}: needs a text 'prompt' and a text 'response'; mend or delete it")
     return rows
-
-
-def check_folder(out: Path) -> None:
-    """Refuse a folder that holds something else than a comparison."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file", "choose a folder")
-    names = {path.name for path in out.glob("*")}
-    if names - OURS - {".lock"} and "key.json" not in names:
-        raise UserError(f"--out {out} holds other things than a comparison", "choose an empty or new folder")
 
 
 def read_rubric(config: JudgeConfig) -> str:
