@@ -161,6 +161,11 @@ def test_shares_and_their_bootstrap():
     assert low == pytest.approx(0.2 - 1.96 * sd, abs=0.02) and high == pytest.approx(0.2 + 1.96 * sd, abs=0.02)
 
 
+def test_no_ties_are_none_and_not_a_rounding_error_below():
+    shares = statistics.outcome_shares(torch.tensor([1.0] * 9 + [0.0]))
+    assert f"{shares['tie']:.0%}" == "0%" and statistics.outcome_shares(torch.tensor([0.5]))["tie"] == 1.0
+
+
 def test_kappa_of_a_textbook_table():
     """20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: agreement 0.7, chance 0.5, kappa 0.4."""
     a = ["yes"] * 25 + ["no"] * 25

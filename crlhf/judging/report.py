@@ -11,7 +11,7 @@ from ..evaluate import column
 from ..pipeline.output import one_line
 from ..pipeline.plots import finish, plt
 from ..pipeline.tables import markdown_table
-from .statistics import WIN, accuracy, bootstrap, kappa, length_controlled, outcome_shares
+from .statistics import EVEN, WIN, accuracy, bootstrap, kappa, length_controlled, outcome_shares
 
 OUTCOMES = {"win": "#0072B2", "tie": "#bbbbbb", "loss": "#D55E00"}
 THIRDS = ("smallest", "middle", "largest")
@@ -97,7 +97,7 @@ def share_interval(scores: Tensor, name: str, seed: int) -> str:
 
 def words_text(scores: Tensor, words: Tensor, other_words: Tensor) -> str:
     """Mean lengths of the responses that won and of those that lost."""
-    decided = scores != 0.5
+    decided = scores != EVEN
     if not decided.any():
         return "no pair was decided"
     winner = torch.where(scores == WIN, words, other_words)[decided].mean()
@@ -121,7 +121,7 @@ def gold_cells(rows: list[dict]) -> dict:
 
 def gold_scores(gaps: Tensor) -> Tensor:
     """(N,) true differences -> (N,) scores by a judge who knows them."""
-    return torch.where(gaps == 0, 0.5, (gaps > 0).double())
+    return torch.where(gaps == 0, EVEN, (gaps > 0).double())
 
 
 # ------------------------------------------------------------------------------------------------ picture

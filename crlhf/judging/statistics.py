@@ -17,18 +17,20 @@ from torch import Tensor
 from ..engine.files import stream
 
 WIN = 1.0
+EVEN = 0.5  # a tie
 LOSS = 0.0
 PRIOR_SD = 2.0  # of theta and gamma, so that a policy that always wins has a finite fit
 
 
 def outcome_shares(scores: Tensor) -> dict[str, float]:
     """(N,) scores -> win, tie, loss, margin and win rate."""
-    wins = (scores == WIN).double()
-    losses = (scores == LOSS).double()
-    win = wins.mean().item()
-    loss = losses.mean().item()
-    tie = 1 - win - loss
-    return {"win": win, "tie": tie, "loss": loss, "margin": win - loss, "win_rate": win + tie / 2}
+    shares = {}
+    for name, score in (("win", WIN), ("tie", EVEN), ("loss", LOSS)):
+        with_score = (scores == score).double()
+        shares[name] = with_score.mean().item()
+    shares["margin"] = shares["win"] - shares["loss"]
+    shares["win_rate"] = shares["win"] + shares["tie"] / 2
+    return shares
 
 
 def bootstrap(values: Tensor, statistic: Callable[[Tensor], float], seed: int, n: int = 2000) -> tuple[float, float]:
