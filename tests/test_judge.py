@@ -591,6 +591,80 @@ def test_a_rater_counts_once_and_other_files_are_refused(page, run, capsys):
     assert collect(run, "missing.json") == 2 and "missing.json does not exist" in capsys.readouterr().err
 
 
+def held(run):
+    """The bytes of a comparison's pairs and key."""
+    folder = run / "judge" / "contrastive-against-ppo"
+    return (folder / "pairs.jsonl").read_bytes(), (folder / "key.json").read_bytes()
+
+
+@pytest.mark.parametrize("change", ["redone", "gone"])
+def test_ratings_are_collected_whatever_the_run_has_become(change, page, run, server, capsys):
+    ann = answered(run, "Ann", ["right"] * 9 + ["wrong"])
+    if change == "redone":
+        write_jsonl(run / "evaluation" / "ppo.jsonl", side("other words than before"))
+    else:
+        (run / "evaluation" / "ppo.jsonl").unlink()
+    before = held(run)
+    assert collect(run, ann) == 0
+    shown = capsys.readouterr().out
+    assert "| win / tie / loss | 90% / 0% / 10% |" in re.sub(r" \[[^]]*\]", "", shown)
+    assert "words of the winner; of the loser | 2.7; 8.3" in shown  # of what the raters saw
+    assert "by gold: win / tie / loss | 100% / 0% / 0%" in shown and "`contrastive` against `ppo`" in shown
+    assert command(run, server, "--collect", ann, "--prompts", "3", "--seed", "9") == 0
+    assert "| pairs; unreadable | 10; 0 | 10; 0 |" in capsys.readouterr().out
+    assert held(run) == before
+
+
+@pytest.mark.parametrize("is_moved", [True, False])
+def test_a_page_that_was_sent_keeps_its_pairs_and_key(is_moved, page, run, tmp_path, capsys):
+    before = held(run)
+    sent = run / "judge" / "contrastive-against-ppo" / "people.html"
+    if is_moved:
+        sent.rename(tmp_path / "for Ann.html")
+    for more in (["--by", "people", "--prompts", "10", "--seed", "5"], ["--prompts", "11"]):
+        assert main(["judge", str(run), *more]) == 2
+        assert "holds a page for raters, made with other pairs: choose another --out" in capsys.readouterr().err
+    write_jsonl(run / "evaluation" / "ppo.jsonl", side("other words than before"))
+    assert main(["judge", str(run), "--by", "people", "--prompts", "10"]) == 2
+    assert held(run) == before
+    write_jsonl(run / "evaluation" / "ppo.jsonl", side("bad, and longer than it has to be"))
+    for more in ([], ["--by", "people"]):  # the same pairs, for a model and once more for people
+        assert main(["judge", str(run), "--prompts", "10", *more]) == 0
+    assert held(run) == before and sent.read_text() == page
+
+
+def test_a_page_without_a_salt_is_kept_and_collected(page, run, capsys):
+    """As an earlier version has written it."""
+    folder = run / "judge" / "contrastive-against-ppo"
+    key = read_json(folder / "key.json")
+    entries = [{name: entry[name] for name in ("id", "a", "b", "row")} for entry in key["pairs"]]
+    write_json(folder / "key.json", {**{name: key[name] for name in ("of", "against", "seed")}, "pairs": entries})
+    assert main(["judge", str(run), "--prompts", "10"]) == 2
+    assert "holds a page for raters, made with other pairs" in capsys.readouterr().err
+    assert collect(run, answered(run, "Ann", ["right"])) == 0
+
+
+def test_ratings_without_their_comparison_are_one_line(page, run, tmp_path, capsys):
+    ann = answered(run, "Ann", ["right"])
+    assert main(["judge", str(run), "--out", str(tmp_path / "new"), "--collect", ann]) == 2
+    assert "new holds no comparison: give the folder of the page that was sent by --out" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    folder = run / "judge" / "contrastive-against-ppo"
+    pairs, key = (folder / "pairs.jsonl").read_text(), read_json(folder / "key.json")
+    first = pairs.split("\n")[0]
+    for damaged in ("", first, pairs + first, "{}\n" * 10, "[]", "{", "\x00", pairs.replace('"a"', '"c"')):
+        (folder / "pairs.jsonl").write_text(damaged)
+        assert collect(run, ann) == 2
+        error = capsys.readouterr().err.strip()
+        assert "pairs.jsonl" in error and "\n" not in error
+    (folder / "pairs.jsonl").write_text(pairs)
+    for changes in ({"pairs": key["pairs"][:-1]}, {"pairs": [5] * 10}, {"pairs": [{}] * 10}, {"pairs": 5}, {"of": 5}):
+        write_json(folder / "key.json", {**key, **changes})
+        assert collect(run, ann) == 2
+        error = capsys.readouterr().err.strip()
+        assert "comparison" in error and "\n" not in error
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_the_page_in_a_browser(page, run, tmp_path, capsys):
     """Keys, undo, a reload, and the file that leaves it, which is then collected."""

@@ -8,15 +8,15 @@ import os
 from pathlib import Path
 
 from ..config import JudgeConfig, UserError
-from ..engine.files import json_lines, write_atomic, write_json
+from ..engine.files import write_atomic
 from ..pipeline import folder as runs
 from ..pipeline.options import Parser, add_options, read_settings
 from ..pipeline.output import show
 from ..pipeline.reading import read_rows
 from ..pipeline.tables import write_csv
-from .comparison import check_folder, read_key, salt_for, write_rubric
+from .comparison import check_folder, read_comparison, write_comparison, write_rubric
 from .endpoint import Endpoint, ask_missing, is_address, read_answers
-from .pairs import RUBRIC, make_pairs, make_questions
+from .pairs import RUBRIC, make_questions
 from .people import collect_answers, rater_page
 from .report import judging_report, plot_verdicts
 from .verdicts import model_rows, pair_facts, rater_rows
@@ -27,24 +27,29 @@ finished run; without it --of and --against are two files of {prompt, response},
 
 def main(arguments: list[str]) -> None:
     run, files, config = read_arguments(arguments)
-    rows = read_side(run, config.of, "of")
-    other_rows = read_side(run, config.against, "against")
     out = Path(config.out or run / "judge" / f"{Path(config.of).stem}-against-{Path(config.against).stem}")
+    if files:
+        read_comparison(out)
+    else:
+        rows = read_side(run, config.of, "of")
+        other_rows = read_side(run, config.against, "against")
     check_folder(out)
     rubric = read_rubric(config)
     with runs.lock(out):
-        salt = salt_for(config, read_key(out))
-        pairs, keys = make_pairs(rows, other_rows, config.prompts, config.seed, salt)
+        if files:
+            pairs, key = read_comparison(out)
+            config.of = key["of"]
+            config.against = key["against"]
+            config.seed = key["seed"]
+        else:
+            pairs, key = write_comparison(rows, other_rows, config, out)
         answers_of = collect_answers(files, pairs)
-        key = {"of": config.of, "against": config.against, "seed": config.seed, "salt": salt, "pairs": keys}
-        write_json(out / "key.json", key)  # before the pairs: a stop in between must not lose the salt
-        write_atomic(out / "pairs.jsonl", json_lines(pairs))
         show(f"{len(pairs)} blind pairs in {out / 'pairs.jsonl'}, their key in {out / 'key.json'}")
         if config.by == "people" and not files:
             write_atomic(out / "people.html", rater_page(pairs))
             show(f"send {out / 'people.html'} to your raters, and give what they send back to --collect")
             return
-        facts = pair_facts(keys, rows, other_rows)
+        facts = pair_facts(pairs, key["pairs"])
         verdicts = []
         for rater, answers in answers_of.items():
             verdicts += rater_rows(rater, answers, facts)

@@ -2,17 +2,20 @@
 
 Ids and the order of A and B are hashes of a random salt and the number of a row: whoever has the page, both policies'
 responses and this code can compute neither. The salt stays in key.json, so a comparison that was stopped goes on.
-key.json is written before all else: a folder without it is not ours, whatever its files are called.
+key.json is written before all else: a folder without it is not ours, whatever its files are called. Once raters have a
+page, its pairs and key stay, and answers are read against them, whatever the run has become.
 """
 
 import secrets
 from pathlib import Path
 
 from ..config import JudgeConfig, UserError
-from ..engine.files import read_json, write_atomic
-from .pairs import RUBRIC
+from ..engine.files import json_lines, read_json, write_atomic, write_json
+from ..pipeline.reading import read_json_rows
+from .pairs import RUBRIC, make_pairs
+from .people import comparison_of
 
-KEY_NAMES = {"of", "against", "seed", "pairs"}
+KEY_FIELDS = {"of": str, "against": str, "seed": int, "pairs": list}
 KEY_START = b'{\n  "of":'
 REPORTS = ("judge.csv", "judge.md", "judge.png", "judge.tmp.png")
 WRITTEN = ("key.json", "pairs.jsonl", "rubric.txt", "answers.jsonl", "people.html", *REPORTS)
@@ -41,22 +44,49 @@ def is_half_written(path: Path) -> bool:
 
 
 def read_key(out: Path) -> dict:
-    """The key.json of a comparison, or {} if there is none of ours."""
+    """{of, against, seed, pairs, ...} of the folder's key.json, or {} if there is none of ours."""
     try:
         key = read_json(out / "key.json")
     except (OSError, ValueError, RecursionError):
         return {}
-    is_ours = isinstance(key, dict) and KEY_NAMES <= set(key)
+    if not isinstance(key, dict):
+        return {}
+    is_ours = all(isinstance(key.get(name), kind) for name, kind in KEY_FIELDS.items())
     return key if is_ours else {}
 
 
-def salt_for(config: JudgeConfig, key: dict) -> str:
-    """The salt of the folder's key if that is of the same comparison, else a new one."""
-    settings = (config.of, config.against, config.seed)
-    kept = (key.get("of"), key.get("against"), key.get("seed"))
-    if settings == kept and "salt" in key:
-        return key["salt"]
-    return secrets.token_hex(16)
+def read_comparison(out: Path) -> tuple[list[dict], dict]:
+    """(pairs, key) as the folder holds them."""
+    key = read_key(out)
+    if not key:
+        raise UserError(f"{out} holds no comparison", "give the folder of the page that was sent by --out")
+    pairs = read_json_rows(out / "pairs.jsonl")
+    shapes = [(set(pair), pair.get("id")) for pair in pairs]
+    wanted = [({"id", "prompt", "a", "b"}, entry.get("id")) for entry in key["pairs"] if isinstance(entry, dict)]
+    if shapes != wanted:
+        mend = "put back the files that lay beside the page"
+        raise UserError(f"{out / 'pairs.jsonl'} and key.json are not of one comparison", mend)
+    return pairs, key
+
+
+def write_comparison(
+    rows: list[dict], other_rows: list[dict], config: JudgeConfig, out: Path
+) -> tuple[list[dict], dict]:
+    """Make the pairs and their key, and write them; refuse to replace those of a page that raters have."""
+    old_key = read_key(out)
+    key = {"of": config.of, "against": config.against, "seed": config.seed}
+    is_same = all(old_key.get(name) == value for name, value in key.items())
+    key["salt"] = old_key["salt"] if is_same and "salt" in old_key else secrets.token_hex(16)
+    pairs, key["pairs"] = make_pairs(rows, other_rows, config.prompts, config.seed, key["salt"])
+    if config.by == "people":
+        key["sent"] = comparison_of(pairs)
+    if "sent" in old_key or (out / "people.html").exists():
+        if old_key.get("sent") != comparison_of(pairs):
+            raise UserError(f"{out} holds a page for raters, made with other pairs", "choose another --out")
+        key = old_key
+    write_json(out / "key.json", key)  # before the pairs: a stop in between must not lose the salt
+    write_atomic(out / "pairs.jsonl", json_lines(pairs))
+    return pairs, key
 
 
 def write_rubric(path: Path, rubric: str) -> None:

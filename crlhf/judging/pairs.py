@@ -26,9 +26,9 @@ Think if you must, and end with one line that holds nothing but [[A]], [[B]] or 
 def make_pairs(rows: list[dict], other_rows: list[dict], n: int, seed: int, salt: str) -> tuple[list[dict], list[dict]]:
     """Rows {prompt, response} of two policies, on the same prompts -> n blind pairs, and the key to them.
 
-    Pairs are {id, prompt, a, b}. Keys are {id, a, b, row} with "of" and "against" for the policy that a letter hides.
-    Which prompts follows from the seed; ids, and which policy stands first, from the salt alone: a pair is blind as
-    long as the salt is secret. Raises UserError if the prompts differ.
+    Pairs are {id, prompt, a, b}. Keys are {id, a, b, row, gold_gap}, with "of" and "against" for the policy that a
+    letter hides. Which prompts are drawn follows from the seed; ids, and which policy stands first, from the salt
+    alone: a pair is blind as long as the salt is secret. Raises UserError if the prompts differ.
     """
     prompts = [row["prompt"] for row in rows]
     other_prompts = [row["prompt"] for row in other_rows]
@@ -47,8 +47,18 @@ def make_pairs(rows: list[dict], other_rows: list[dict], n: int, seed: int, salt
         else:
             a, b = "against", "of"
         pairs.append({"id": pair_id, "prompt": prompts[row], "a": texts[a], "b": texts[b]})
-        keys.append({"id": pair_id, "a": a, "b": b, "row": row})
+        gap = gold_gap(rows[row], other_rows[row])
+        keys.append({"id": pair_id, "a": a, "b": b, "row": row, "gold_gap": gap})
     return pairs, keys
+
+
+def gold_gap(row: dict, other_row: dict) -> float | None:
+    """True reward of one response minus that of the other, if both are known."""
+    gold = row.get("gold")
+    other_gold = other_row.get("gold")
+    if isinstance(gold, int | float) and isinstance(other_gold, int | float):
+        return gold - other_gold
+    return None
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def read_answers_of_rater(file: str, pairs: list[dict]) -> tuple[str, dict[str, 
     if not isinstance(sent, dict) or not {"comparison", "rater", "answers"} <= set(sent):
         raise UserError(f"{file} holds no answers of a rater", "give the file that 'Save answers' made")
     if sent["comparison"] != comparison_of(pairs):
-        mend = "give the --of, --against, --prompts and --seed with which its page was made"
+        mend = "give the folder of its page by --out"
         raise UserError(f"{file} answers other pairs than these", mend)
     rater = sent["rater"]
     answers = sent["answers"]

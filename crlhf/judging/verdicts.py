@@ -6,25 +6,21 @@ those the one that stood first (`firsts`); and what may explain the verdict: who
 """
 
 from .pairs import FIRST, IN_OTHER_ORDER, TIE, Question, read_verdict
-from .statistics import LOSS, WIN
+from .statistics import EVEN, LOSS, WIN
 
 UNREADABLE = {"score": None, "flipped": None, "firsts": None, "choices": None}
 
 
-def pair_facts(keys: list[dict], rows: list[dict], other_rows: list[dict]) -> dict:
-    """pair -> what may explain a verdict on it. gold_gap: true reward of `of` minus that of `against`, where known."""
+def pair_facts(pairs: list[dict], keys: list[dict]) -> dict[str, dict]:
+    """Pair -> what may explain a verdict on it. gold_gap: true reward of `of` minus that of `against`, where known."""
     facts = {}
-    for key in keys:
-        row = rows[key["row"]]
-        other_row = other_rows[key["row"]]
-        gold = row.get("gold")
-        other_gold = other_row.get("gold")
-        is_known = isinstance(gold, int | float) and isinstance(other_gold, int | float)
-        facts[key["id"]] = {
+    for pair, key in zip(pairs, keys):
+        words = {key[letter]: len(pair[letter].split()) for letter in ("a", "b")}
+        facts[pair["id"]] = {
             "of_is_a": key["a"] == "of",
-            "words": len(row["response"].split()),
-            "other_words": len(other_row["response"].split()),
-            "gold_gap": gold - other_gold if is_known else None,
+            "words": words["of"],
+            "other_words": words["against"],
+            "gold_gap": key.get("gold_gap"),
         }
     return facts
 
@@ -70,6 +66,6 @@ def rater_rows(rater: str, answers: dict, facts: dict) -> list[dict]:
 def score_of(winner: str, of_is_a: bool) -> float:
     """The score of the policy `of`, which stands first if `of_is_a`."""
     if winner == TIE:
-        return 0.5
+        return EVEN
     of_wins = (winner == FIRST) == of_is_a
     return WIN if of_wins else LOSS
