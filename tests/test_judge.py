@@ -658,7 +658,9 @@ def test_ratings_without_their_comparison_are_one_line(page, run, tmp_path, caps
         error = capsys.readouterr().err.strip()
         assert "pairs.jsonl" in error and "\n" not in error
     (folder / "pairs.jsonl").write_text(pairs)
-    for changes in ({"pairs": key["pairs"][:-1]}, {"pairs": [5] * 10}, {"pairs": [{}] * 10}, {"pairs": 5}, {"of": 5}):
+    odd = [[*key["pairs"][:-1], {**key["pairs"][-1], name: value}] for name, value in (("a", []), ("gold_gap", "x"))]
+    odd += [key["pairs"][:-1], [5] * 10, [{}] * 10, 5]
+    for changes in (*({"pairs": entries} for entries in odd), {"of": 5}):
         write_json(folder / "key.json", {**key, **changes})
         assert collect(run, ann) == 2
         error = capsys.readouterr().err.strip()

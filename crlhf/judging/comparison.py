@@ -61,12 +61,20 @@ def read_comparison(out: Path) -> tuple[list[dict], dict]:
     if not key:
         raise UserError(f"{out} holds no comparison", "give the folder of the page that was sent by --out")
     pairs = read_json_rows(out / "pairs.jsonl")
-    shapes = [(set(pair), pair.get("id")) for pair in pairs]
-    wanted = [({"id", "prompt", "a", "b"}, entry.get("id")) for entry in key["pairs"] if isinstance(entry, dict)]
-    if shapes != wanted:
+    if len(pairs) != len(key["pairs"]) or not all(map(is_key_to, key["pairs"], pairs)):
         mend = "put back the files that lay beside the page"
         raise UserError(f"{out / 'pairs.jsonl'} and key.json are not of one comparison", mend)
     return pairs, key
+
+
+def is_key_to(entry: object, pair: dict) -> bool:
+    """Does this entry of the key say who wrote what in this pair?"""
+    if not isinstance(entry, dict) or entry.get("id") != pair.get("id"):
+        return False
+    policies = [entry.get("a"), entry.get("b")]
+    is_known = isinstance(entry.get("gold_gap"), int | float | None)
+    are_texts = all(isinstance(pair.get(name), str) for name in ("id", "prompt", "a", "b"))
+    return are_texts and is_known and policies in (["of", "against"], ["against", "of"])
 
 
 def write_comparison(
