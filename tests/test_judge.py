@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import socket
 import threading
 import time
 from dataclasses import asdict
@@ -23,8 +24,8 @@ from crlhf.__main__ import main
 from crlhf.config import Config, JudgeConfig, UserError
 from crlhf.engine.files import read_json, read_jsonl, stream, write_json, write_jsonl
 from crlhf.judging import people, statistics
-from crlhf.judging.endpoint import Endpoint, retry_after
-from crlhf.judging.pairs import make_pairs, question_messages, read_verdict
+from crlhf.judging.endpoint import Endpoint, ask_missing, read_answers, retry_after
+from crlhf.judging.pairs import Question, make_pairs, question_messages, read_verdict
 from crlhf.judging.verdicts import combine_orders
 
 judges = importlib.import_module("figures.judges")  # whose function has its name
@@ -347,6 +348,123 @@ def test_a_bad_endpoint_is_one_line(run, server, capsys, reply, says):
     assert command(run, server) == 2
     error = capsys.readouterr().err.strip()
     assert says in error and "\n" not in error and len(Judge.requests) == 1
+
+
+def completion(content, **more):
+    return json.dumps({"choices": [{"message": {"content": content}}], **more})
+
+
+@pytest.mark.parametrize(
+    "text, answer, tokens",
+    [
+        (completion("\ud800 [[A]]"), "? [[A]]", 0),
+        ('{"choices": [{"message": {"content": "x"}}], "usage": {"total_tokens": 1e999}}', "x", 0),
+        (completion("x", usage={"total_tokens": -5}), "x", 0),
+        (completion("x", usage={"total_tokens": "7"}), "x", 0),
+        (completion("x", usage={"total_tokens": 10**400}), "x", 0),
+        (completion("x", usage=[1]), "x", 0),
+        (completion(None, usage=None), "", 0),
+        (completion(["x"]), "['x']", 0),
+        (completion("\u0000\u2028 [[B]]"), "\u0000\u2028 [[B]]", 0),
+    ],
+)
+def test_odd_answers_are_read_and_kept(text, answer, tokens, server, tmp_path):
+    Judge.replies = [(200, {}, text)]
+    endpoint = Endpoint(server, "m", retries=0)
+    question = Question("id", [], "name")
+    answers = {}
+    ask_missing(endpoint, [question], answers, tmp_path / "answers.jsonl")
+    assert answers == {"name": answer} == read_answers(tmp_path / "answers.jsonl")
+    assert read_jsonl(tmp_path / "answers.jsonl")[0]["tokens"] == tokens
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 200_000,
+        '{"a":' * 200_000,
+        "1" * 5000,
+        "NaN",
+        '"',
+        "",
+        "\x00",
+        '{"choices": {"0": 1}}',
+        '{"choices": [[]]}',
+    ],
+)
+def test_replies_that_are_no_completion_are_one_line(text, run, server, capsys):
+    Judge.replies = [(200, {}, text)]
+    assert command(run, server) == 2
+    error = capsys.readouterr().err.strip()
+    assert "answers something else" in error and "\n" not in error and len(error) < 400
+
+
+def test_lines_of_answers_that_cannot_be_read_are_asked_again(tmp_path):
+    lines = [
+        "[" * 200_000,
+        "5",
+        "null",
+        '{"name": [], "answer": "x"}',
+        '{"name": "good", "answer": "x"}',
+        '{"name": "cut',
+    ]
+    (tmp_path / "answers.jsonl").write_text("\n".join(lines))
+    assert read_answers(tmp_path / "answers.jsonl") == {"good": "x"}
+    assert read_answers(tmp_path / "missing.jsonl") == {}
+
+
+class Dripping(threading.Thread):
+    """A server that sends the same bytes again and again, as often as it may, and never ends."""
+
+    def __init__(self, start, again, pause):
+        super().__init__(daemon=True)
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.first, self.again, self.pause, self.sent = start, again, pause, 0
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
+        self.start()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.socket.accept()
+                threading.Thread(target=self.drip, args=[connection], daemon=True).start()
+
+    def drip(self, connection):
+        with contextlib.suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(self.first)
+            while True:
+                connection.sendall(self.again)
+                self.sent += len(self.again)
+                time.sleep(self.pause)
+
+
+@pytest.mark.parametrize(
+    "start, again",
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\n", b" "),
+        (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+        (b"HTTP/1.1 200", b" "),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+    ],
+)
+def test_a_reply_that_drips_ends_in_time(start, again, run, capsys):
+    server = Dripping(start, again, 0.05)
+    began = time.monotonic()
+    assert command(run, server.url, "--judge-timeout", "0.5", "--judge-retries", "0") == 2
+    assert time.monotonic() - began < 5
+    error = capsys.readouterr().err
+    assert "doesn't answer (timed out, 1 tries)" in error
+    server.socket.close()
+
+
+def test_an_endless_reply_is_not_read_to_its_end(run, capsys):
+    server = Dripping(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 2**16, 0)
+    assert command(run, server.url, "--judge-retries", "0") == 2
+    assert "answers more than 4 MB: give the address of a chat-completions endpoint" in capsys.readouterr().err
+    assert server.sent < 2**25
+    server.socket.close()
 
 
 def test_an_endpoint_that_is_slow_or_down(run, server, capsys):

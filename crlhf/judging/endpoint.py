@@ -6,10 +6,12 @@ Every answer is on the disk before the next question, so a comparison that was s
 import email.utils
 import http.client
 import json
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,6 +21,7 @@ from ..engine.files import Progress, append_jsonl
 from .pairs import Question
 
 LONGEST_PAUSE = 600.0  # seconds
+LONGEST_REPLY = 2**22  # bytes
 REFUSALS = {401: "set the key", 403: "set another key", 404: "check the address and --judge-model"}
 
 
@@ -49,8 +52,7 @@ class Endpoint:
         for attempt in range(self.retries + 1):
             pause = 2.0**attempt
             try:
-                with OPENER.open(request, timeout=self.timeout) as reply:
-                    return self.read_reply(reply.read())
+                return self.read_reply(self.fetch(request))
             except urllib.error.HTTPError as error:
                 may_pass = error.code == 429 or error.code >= 500
                 if not may_pass:
@@ -58,7 +60,9 @@ class Endpoint:
                     raise UserError(f"--judge-url {self.url} refuses (status {error.code})", mend) from None
                 trouble = f"status {error.code}"
                 pause = retry_after(error.headers.get("Retry-After"), pause)
-            except (OSError, http.client.HTTPException) as error:  # down, too slow, cut off
+            except TimeoutError:
+                trouble = "timed out"
+            except (OSError, http.client.HTTPException) as error:  # down, cut off, no HTTP
                 reason = getattr(error, "reason", error)
                 trouble = str(reason) or type(error).__name__
             if attempt < self.retries:
@@ -74,17 +78,39 @@ class Endpoint:
         address = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         return urllib.request.Request(address, body.encode(), headers)
 
+    def fetch(self, request: urllib.request.Request) -> bytes:
+        """The body of a reply, or the first bytes of one that is too long; TimeoutError if it isn't whole in time.
+
+        In a thread, since a socket's own timeout begins anew with each byte of a reply that drips.
+        """
+        future = Future()
+
+        def work() -> None:
+            try:
+                with OPENER.open(request, timeout=self.timeout) as reply:
+                    future.set_result(reply.read(LONGEST_REPLY + 1))
+            except Exception as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        return future.result(self.timeout)
+
     def read_reply(self, reply: bytes) -> tuple[str, int]:
         """(answer, tokens) of a chat completion."""
+        mend = "give the address of a chat-completions endpoint, which mostly ends in /v1"
+        if len(reply) > LONGEST_REPLY:
+            raise UserError(f"--judge-url {self.url} answers more than {LONGEST_REPLY >> 20} MB", mend)
         try:
             completion = json.loads(reply)
-            answer = completion["choices"][0]["message"]["content"]
-            usage = completion.get("usage") or {}
-            return str(answer or ""), int(usage.get("total_tokens") or 0)
-        except (ValueError, LookupError, TypeError, AttributeError):
+            content = str(completion["choices"][0]["message"]["content"] or "")
+            usage = completion.get("usage")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             start = reply[:60].decode("utf-8", "replace").replace("\n", " ")
-            mend = "give the address of a chat-completions endpoint, which mostly ends in /v1"
             raise UserError(f"--judge-url {self.url} answers something else ({start!a})", mend) from None
+        answer = content.encode("utf-8", "replace").decode()  # half of a surrogate pair can't be written
+        tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
+        is_count = isinstance(tokens, int) and 0 <= tokens < 10**9
+        return answer, tokens if is_count else 0
 
 
 def retry_after(header: str | None, otherwise: float | None = None) -> float | None:
@@ -112,7 +138,7 @@ def read_answers(path: Path) -> dict[str, str]:
         try:
             row = json.loads(line)
             answers[row["name"]] = str(row["answer"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
     return answers
 
