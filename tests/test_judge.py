@@ -350,6 +350,80 @@ def test_a_bad_endpoint_is_one_line(run, server, capsys, reply, says):
     assert says in error and "\n" not in error and len(Judge.requests) == 1
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["http://[::1", "http://[zz]/v1", "http://[℀]/v1", "http://ex℀mple.com", "http://127.0.0.1:9/é", "http://a..b/v1",
+     f"http://{'a' * 70}/v1", "http://x:abc/v1", "http://x:99999/v1", "http://x y/v1", "http://x/v 1", "http://x/\n",
+     "http://", "http:///v1", "http://:80/v1", "//x/v1", "ftp://x", "http://\udcff/v1", "", " ", "x", "http://\x00"],
+)  # fmt: skip
+def test_no_address_traces_back_or_is_tried(url, run, capsys, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("tried again"))
+    status = command(run, url)
+    error = capsys.readouterr().err.strip()
+    if url:
+        assert status == 2 and ("is no address" in error or "is not valid UTF-8" in error) and "\n" not in error
+    else:
+        assert status == 0  # pairs only
+
+
+def test_a_model_whose_name_is_no_text_is_one_line(run, server, capsys):
+    assert command(run, server, "--judge-model", "m\udcff") == 2
+    assert "is not valid UTF-8: use other names" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "url, shown",
+    [
+        ("http://ann:PASSWORD@127.0.0.1:9/v1", "http://127.0.0.1:9/v1 holds a name or a password"),
+        ("http://ann:PASS/WORD@127.0.0.1:9/v1", "--judge-url http://127.0.0.1:9/v1 is no address"),
+        ("http://ann:PASSWORD@[::1", "--judge-url http://[::1 is no address"),
+        ("http://127.0.0.1:9/v1?key=PASSWORD", "--judge-url http://127.0.0.1:9/v1 doesn't answer"),
+        ("http://127.0.0.1:9/v1#PASSWORD", "--judge-url http://127.0.0.1:9/v1 doesn't answer"),
+        ("ann:PASSWORD@127.0.0.1:9/v1", "--judge-url 127.0.0.1:9/v1 is no address"),
+    ],
+)
+def test_secrets_of_an_address_are_not_shown(url, shown, run, capsys):
+    assert command(run, url, "--judge-retries", "0") == 2
+    error = capsys.readouterr().err
+    assert shown in error and "PASS" not in error and "WORD" not in error and "ann" not in error
+
+
+def test_a_query_stands_behind_the_path_and_a_fragment_cuts_nothing_off(run, server):
+    assert command(run, f"{server}?version=2#part") == 0 and Judge.requests[0][0] == "/v1/chat/completions?version=2"
+    assert command(run, f"{server}/chat/completions/", "--judge-model", "other") == 0
+    assert Judge.requests[-1][0] == "/v1/chat/completions"
+
+
+def test_an_endpoint_that_repeats_the_key_does_not_spread_it(run, server, capsys, monkeypatch):
+    key = 'secret-"1"/é'.replace("é", "\\")
+    monkeypatch.setenv("JUDGE_API_KEY", key)
+    for text in (f"no such key: Bearer {key}", json.dumps(f"no such key: Bearer {key}"), f"{'x' * 55}{key}"):
+        Judge.replies = [(200, {}, text)]
+        assert command(run, server) == 2
+        error = capsys.readouterr().err
+        assert "answers something else" in error and "secret" not in error and "ecret" not in error
+    Judge.replies = [(200, {}, completion(f"You are {key}.\n[[A]]"))]
+    assert command(run, server) == 0
+    out = run / "judge" / "contrastive-against-ppo"
+    assert not any("secret" in file.read_text(errors="replace") for file in out.iterdir())
+    assert "You are ***." in read_jsonl(out / "answers.jsonl")[0]["answer"]
+
+
+def test_a_key_that_is_no_secret_changes_no_verdict(run, server, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "A")
+    assert command(run, server) == 0
+    assert "[[A]]" in (run / "judge" / "contrastive-against-ppo" / "answers.jsonl").read_text()
+
+
+@pytest.mark.parametrize("location", ["http://[::1", "http://elsewhere.invalid/", "ftp://x", "/v2"])
+def test_being_sent_elsewhere_is_one_line(location, run, server, capsys):
+    Judge.replies = [(307, {"Location": location}, "")]
+    assert command(run, server, "--judge-retries", "0") == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and len(Judge.requests) == 1
+    assert location == "http://[::1" or "refuses (status 307): give the address that it sends on to" in error
+
+
 def completion(content, **more):
     return json.dumps({"choices": [{"message": {"content": content}}], **more})
 

@@ -15,7 +15,7 @@ from ..pipeline.output import show
 from ..pipeline.reading import read_rows
 from ..pipeline.tables import write_csv
 from .comparison import check_folder, read_comparison, write_comparison, write_rubric
-from .endpoint import Endpoint, ask_missing, is_address, read_answers
+from .endpoint import Endpoint, ask_missing, is_address, read_answers, without_secrets
 from .pairs import RUBRIC, make_questions
 from .people import collect_answers, rater_page
 from .report import judging_report, plot_verdicts
@@ -94,6 +94,9 @@ def read_arguments(arguments: list[str]) -> tuple[Path | None, list[str], JudgeC
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run")
     add_options(parser, JudgeConfig)
     parser.add_argument("--collect", nargs="+", metavar="FILE", default=[], help="what raters sent back")
+    for argument in arguments:
+        if argument != argument.encode("utf-8", "replace").decode():
+            raise UserError(f"the argument {argument!a} is not valid UTF-8", "use other names")
     values = vars(parser.parse_args(arguments))
     run = values.pop("run", None)
     files = values.pop("collect")
@@ -134,8 +137,11 @@ def read_rubric(config: JudgeConfig) -> str:
 
 
 def make_endpoint(config: JudgeConfig) -> Endpoint:
+    shown = f"--judge-url {without_secrets(config.judge_url)}"
     if not is_address(config.judge_url):
-        raise UserError(f"--judge-url {config.judge_url} is no address", "give one like http://localhost:8000/v1")
+        raise UserError(f"{shown} is no address", "give one like http://localhost:8000/v1")
+    if "@" in config.judge_url:
+        raise UserError(f"{shown} holds a name or a password", f"put the key into ${config.judge_key}")
     if not config.judge_model:
         raise UserError("--judge-url needs a --judge-model", "the name of a model that the endpoint serves")
     key = os.environ.get(config.judge_key, "")

@@ -6,6 +6,7 @@ Every answer is on the disk before the next question, so a comparison that was s
 import email.utils
 import http.client
 import json
+import re
 import threading
 import time
 import urllib.error
@@ -22,7 +23,9 @@ from .pairs import Question
 
 LONGEST_PAUSE = 600.0  # seconds
 LONGEST_REPLY = 2**22  # bytes
+SHORTEST_SECRET = 8  # letters: a shorter key is a placeholder, and may be a word of an answer
 REFUSALS = {401: "set the key", 403: "set another key", 404: "check the address and --judge-model"}
+REFUSALS |= dict.fromkeys((301, 302, 303, 307, 308), "give the address that it sends on to")
 
 
 class RefuseRedirects(urllib.request.HTTPRedirectHandler):
@@ -54,28 +57,41 @@ class Endpoint:
             try:
                 return self.read_reply(self.fetch(request))
             except urllib.error.HTTPError as error:
-                may_pass = error.code == 429 or error.code >= 500
+                may_pass = error.code in (408, 429) or error.code >= 500
                 if not may_pass:
                     mend = REFUSALS.get(error.code, "check --judge-model, and that a pair isn't too long for it")
-                    raise UserError(f"--judge-url {self.url} refuses (status {error.code})", mend) from None
+                    raise UserError(f"{self.shown} refuses (status {error.code})", mend) from None
                 trouble = f"status {error.code}"
                 pause = retry_after(error.headers.get("Retry-After"), pause)
             except TimeoutError:
                 trouble = "timed out"
-            except (OSError, http.client.HTTPException) as error:  # down, cut off, no HTTP
+            except (OSError, ValueError, http.client.HTTPException) as error:  # down, cut off, no HTTP
                 reason = getattr(error, "reason", error)
                 trouble = str(reason) or type(error).__name__
             if attempt < self.retries:
                 self.wait(pause)
-        what = f"--judge-url {self.url} doesn't answer ({trouble}, {self.retries + 1} tries)"
+        what = f"{self.shown} doesn't answer ({trouble}, {self.retries + 1} tries)"
         raise UserError(what, "see that it runs, and repeat the command: no answer is asked for twice")
+
+    @property
+    def shown(self) -> str:
+        return f"--judge-url {without_secrets(self.url)}"
+
+    def hide_key(self, text: str) -> str:
+        """The text without the key, should a reply repeat it: as it is, or as JSON writes it."""
+        if len(self.key) < SHORTEST_SECRET:
+            return text
+        as_json = json.dumps(self.key)[1:-1]
+        return text.replace(self.key, "***").replace(as_json, "***")
 
     def request(self, messages: list[dict]) -> urllib.request.Request:
         body = json.dumps({"model": self.model, "messages": messages, "temperature": 0})
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
-        address = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        parts = urlsplit(self.url)
+        path = parts.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        address = parts._replace(path=path, fragment="").geturl()
         return urllib.request.Request(address, body.encode(), headers)
 
     def fetch(self, request: urllib.request.Request) -> bytes:
@@ -99,15 +115,15 @@ class Endpoint:
         """(answer, tokens) of a chat completion."""
         mend = "give the address of a chat-completions endpoint, which mostly ends in /v1"
         if len(reply) > LONGEST_REPLY:
-            raise UserError(f"--judge-url {self.url} answers more than {LONGEST_REPLY >> 20} MB", mend)
+            raise UserError(f"{self.shown} answers more than {LONGEST_REPLY >> 20} MB", mend)
         try:
             completion = json.loads(reply)
             content = str(completion["choices"][0]["message"]["content"] or "")
             usage = completion.get("usage")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            start = reply[:60].decode("utf-8", "replace").replace("\n", " ")
-            raise UserError(f"--judge-url {self.url} answers something else ({start!a})", mend) from None
-        answer = content.encode("utf-8", "replace").decode()  # half of a surrogate pair can't be written
+            start = self.hide_key(reply.decode("utf-8", "replace"))[:60].replace("\n", " ")
+            raise UserError(f"{self.shown} answers something else ({start!a})", mend) from None
+        answer = self.hide_key(content).encode("utf-8", "replace").decode()  # half of a surrogate pair can't be written
         tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
         is_count = isinstance(tokens, int) and 0 <= tokens < 10**9
         return answer, tokens if is_count else 0
@@ -126,8 +142,20 @@ def retry_after(header: str | None, otherwise: float | None = None) -> float | N
 
 
 def is_address(url: str) -> bool:
-    parts = urlsplit(url)
-    return parts.scheme in ("http", "https") and bool(parts.netloc)
+    """Is it an address of http or https that can be sent as it stands?"""
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna")
+        is_port = parts.port != 0
+    except ValueError:  # no number, brackets that don't close, a name that no host can have
+        return False
+    is_plain = url.isascii() and url.isprintable() and " " not in url
+    return is_plain and is_port and host != b"" and parts.scheme in ("http", "https")
+
+
+def without_secrets(url: str) -> str:
+    """An address as it may be shown: without name and password, query and fragment. It may be no address at all."""
+    return re.sub(r"^(\w*:?//)?.*@|[?#].*", r"\1", url, flags=re.DOTALL)
 
 
 def read_answers(path: Path) -> dict[str, str]:
