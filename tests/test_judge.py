@@ -803,6 +803,23 @@ def test_people_and_a_model_are_compared(page, run, server, capsys):
     assert "Cohen's kappa of Ann and m, 10 pairs: 0.00" in capsys.readouterr().out  # m always says the same
 
 
+@pytest.mark.parametrize("name", ["$^$", r"a $\frac$ b", "\\$x$", "$$", "_^{", "<script>", "![](http://x)", "=1+1"])
+def test_no_name_of_a_rater_stops_the_report(name, page, run, capsys):
+    ann = answered(run, "Ann", ["right"] * 5, rater=name)
+    assert collect(run, ann) == 0
+    assert "| pairs; unreadable | 5; 0 |" in capsys.readouterr().out
+
+
+def test_gold_may_be_known_for_some_pairs_and_be_huge(run, server, capsys):
+    rows = side("bad", lambda i: 10**400 if i % 2 else "unknown")
+    write_jsonl(run / "evaluation" / "ppo.jsonl", rows)
+    assert command(run, server) == 0  # no number that a gap could be made of
+    rows = side("bad", lambda i: 0.5 if i % 2 else None)
+    write_jsonl(run / "evaluation" / "ppo.jsonl", rows)
+    assert command(run, server) == 0
+    assert re.search(r"right by gold, largest third \| 100% \(differs by", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     "changes, says",
     [

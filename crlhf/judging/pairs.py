@@ -6,6 +6,7 @@ about each pair twice, with the responses in either order: a judge who likes wha
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 
@@ -59,9 +60,13 @@ def gold_gap(row: dict, other_row: dict) -> float | None:
     """True reward of one response minus that of the other, if both are known."""
     gold = row.get("gold")
     other_gold = other_row.get("gold")
-    if isinstance(gold, int | float) and isinstance(other_gold, int | float):
-        return gold - other_gold
-    return None
+    if not isinstance(gold, int | float) or not isinstance(other_gold, int | float):
+        return None
+    try:
+        gap = gold - other_gold
+        return gap if math.isfinite(gap) else None
+    except OverflowError:  # an integer that no float holds
+        return None
 
 
 @dataclass(frozen=True)

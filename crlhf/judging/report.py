@@ -15,6 +15,7 @@ from .statistics import EVEN, WIN, accuracy, bootstrap, kappa, length_controlled
 
 OUTCOMES = {"win": "#0072B2", "tie": "#bbbbbb", "loss": "#D55E00"}
 THIRDS = ("smallest", "middle", "largest")
+LONGEST_LABEL = 80  # letters
 
 
 def judging_report(rows: list[dict], config: JudgeConfig) -> str:
@@ -107,7 +108,7 @@ def words_text(scores: Tensor, words: Tensor, other_words: Tensor) -> str:
 
 def gold_cells(rows: list[dict]) -> dict:
     """What a judge who knows the truth would say, and how often this one is right; nothing where it isn't known."""
-    known = [row for row in rows if row["gold_gap"] is not None]
+    known = known_gold(rows)
     if not known:
         return {}
     gaps = column(known, "gold_gap")
@@ -117,6 +118,11 @@ def gold_cells(rows: list[dict]) -> dict:
         size = f"differs by {group['low']:.2f} to {group['high']:.2f}, {group['pairs']} pairs"
         cells[f"right by gold, {third} third"] = f"{group['right']:.0%} ({size})"
     return cells
+
+
+def known_gold(rows: list[dict]) -> list[dict]:
+    """The rows of pairs whose true difference is known."""
+    return [row for row in rows if row["gold_gap"] is not None]
 
 
 def gold_scores(gaps: Tensor) -> Tensor:
@@ -132,9 +138,8 @@ def plot_verdicts(rows: list[dict], config: JudgeConfig, path: Path) -> None:
     readable = readable_by_judge(rows)
     scores_of = {judge: column(judge_rows, "score") for judge, judge_rows in readable.items()}
     gaps = {}  # each pair once, however many have judged it
-    for row in rows:
-        if row["score"] is not None and row["gold_gap"] is not None:
-            gaps[row["id"]] = row["gold_gap"]
+    for judge_rows in readable.values():
+        gaps |= {row["id"]: row["gold_gap"] for row in known_gold(judge_rows)}
     height = 2.6 + 0.3 * len(scores_of)
     if gaps:
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, height))
@@ -143,8 +148,13 @@ def plot_verdicts(rows: list[dict], config: JudgeConfig, path: Path) -> None:
     else:
         figure, left = plt.subplots(figsize=(5, height))
     draw_outcomes(left, scores_of)
-    left.set_title(f"{Path(config.of).stem} against {Path(config.against).stem}")
+    left.set_title(plain_label(f"{Path(config.of).stem} against {Path(config.against).stem}"))
     finish(figure, path)
+
+
+def plain_label(name: str) -> str:
+    """A name as the picture shows it: one short line, and no formula whatever dollars it holds."""
+    return one_line(name)[:LONGEST_LABEL].replace("$", "\\$")
 
 
 def draw_outcomes(axis: plt.Axes, scores_of: dict) -> None:
@@ -156,7 +166,7 @@ def draw_outcomes(axis: plt.Axes, scores_of: dict) -> None:
             label = outcome if height == 0 else None
             axis.barh(height, shares[outcome], left=left, color=color, label=label)
             left += shares[outcome]
-    axis.set_yticks(range(len(scores_of)), [one_line(judge) for judge in scores_of])
+    axis.set_yticks(range(len(scores_of)), [plain_label(judge) for judge in scores_of])
     axis.set(xlabel="share of pairs", xlim=(0, 1), ylim=(-0.6, len(scores_of) + 0.2))
     axis.legend(fontsize=8, ncols=3, loc="upper center")
 
@@ -164,9 +174,10 @@ def draw_outcomes(axis: plt.Axes, scores_of: dict) -> None:
 def draw_accuracy(axis: plt.Axes, readable: dict) -> None:
     """A line a judge: how often it is right, over the true difference."""
     for judge, rows in readable.items():
-        groups = accuracy(column(rows, "score"), column(rows, "gold_gap"))
+        known = known_gold(rows)
+        groups = accuracy(column(known, "score"), column(known, "gold_gap"))
         middles = [(group["low"] + group["high"]) / 2 for group in groups]
-        axis.plot(middles, [group["right"] for group in groups], "o-", label=one_line(judge))
+        axis.plot(middles, [group["right"] for group in groups], "o-", label=plain_label(judge))
     axis.axhline(0.5, color="black", linewidth=0.8)
     axis.set(xlabel="true difference", ylabel="right by gold", ylim=(0, 1.05), title="How often judges are right")
     axis.legend(fontsize=8)
