@@ -340,6 +340,43 @@ def test_unreadable_files_name_the_place(tmp_path):
             read_rows(str(tmp_path / name))
 
 
+# --------------------------------------------------------------------------------------------- a limit of rows
+
+
+@pytest.mark.parametrize("name", ("a.parquet", "a.csv", "saved", "splits"))
+def test_a_limit_turns_no_more_rows_into_dicts_than_it_says(name, tmp_path, monkeypatch):
+    if name == "a.csv":
+        datasets.Dataset.from_list(pairs(50)).to_csv(tmp_path / name)
+    else:
+        write_rows(tmp_path / name, pairs(50))
+    sizes, to_list = [], datasets.Dataset.to_list
+
+    def measured(dataset):
+        sizes.append(len(dataset))
+        return to_list(dataset)
+
+    monkeypatch.setattr(datasets.Dataset, "to_list", measured)
+    assert read_rows(str(tmp_path / name), max_rows=3) == pairs(3)
+    assert read_rows(str(tmp_path / name), max_rows=90) == read_rows(str(tmp_path / name)) == pairs(50)
+    assert sizes == [3, 50, 50]
+
+
+@pytest.mark.parametrize("name", ("a.jsonl", "a.jsonl.gz"))
+def test_a_limit_stops_reading_lines(name, tmp_path):
+    """What comes long after the last row that is wanted may be anything: nobody looks at it."""
+    rows = [{"prompt": f"{i} " + "word " * 100, "completion": "x"} for i in range(3000)]
+    content = "\n\n".join(json.dumps(row) for row in rows).encode() + b"\n\xff\xff{"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert read_rows(str(tmp_path / name), max_rows=3) == rows[:3]
+    with pytest.raises(UserError, match=f"{name} can't be read"):
+        read_rows(str(tmp_path / name))
+
+
+def test_a_limit_of_a_list_in_json(tmp_path):
+    (tmp_path / "a.json").write_text("\n\n " + json.dumps(pairs(9), indent=1))
+    assert read_rows(str(tmp_path / "a.json"), max_rows=3) == pairs(3)
+
+
 # ------------------------------------------------------------------------------------ dropped, cut, split
 
 
