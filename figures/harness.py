@@ -28,7 +28,8 @@ from crlhf.engine.files import Progress, read_json, read_jsonl, write_json, writ
 from crlhf.evaluate import column, compare, evaluate_policy
 from crlhf.pipeline.options import from_dict, validate
 from crlhf.pipeline.pipeline import Pipeline
-from crlhf.pipeline.run import make_plan, run_to
+from crlhf.pipeline.plan import make_plan
+from crlhf.pipeline.run import run_to
 from crlhf.reviews import EXPLOIT, difficulty_name, gold_reward
 
 TUNING_SEEDS = tuple(range(200, 206))

@@ -20,8 +20,8 @@ from crlhf.config import UserError
 from crlhf.engine.models import load_model, load_tokenizer
 from crlhf.pipeline import run as pipeline_run
 from crlhf.pipeline.options import parse
+from crlhf.pipeline.plan import make_plan
 from crlhf.pipeline.rewards import load_function_reward
-from crlhf.pipeline.run import make_plan
 
 TINY = (
     "--demonstrations 64 --pairs 60 --train-prompts 32 --eval-prompts 8 --sft-epochs 1 --reward-epochs 1 "

@@ -66,7 +66,7 @@ def layer(module):
 
 def test_the_reader_of_imports_sees_all_kinds_of_them():
     assert {"crlhf.config", "crlhf.engine.files", "crlhf.policy"} <= IMPORTS["crlhf.baselines"]
-    assert {"crlhf.config", "crlhf.pipeline.stages"} <= IMPORTS["crlhf.pipeline.run"]  # names of modules
+    assert {"crlhf.config", "crlhf.pipeline.folder"} <= IMPORTS["crlhf.pipeline.run"]  # names of modules
     assert "crlhf.pipeline.run" in IMPORTS["crlhf.__main__"]  # inside a function
 
 

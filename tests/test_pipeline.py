@@ -23,6 +23,7 @@ from crlhf.engine.files import Progress, slices
 from crlhf.engine.models import pick_device, pick_precision
 from crlhf.pipeline.options import options, parse
 from crlhf.pipeline.pipeline import Pipeline
+from crlhf.pipeline.plan import make_plan
 
 SMALL = (
     "--demonstrations 1200 --pairs 150 --train-prompts 64 --eval-prompts 48 --model-width 32 --model-layers 1 "
@@ -218,6 +219,68 @@ ONE = (
     "--model-layers 1 --threads 1 --device cpu"
 ).split()
 FEW = "--train-prompts 8 --ppo-batch-size 4 --ppo-iterations 1 --methods ppo".split()
+
+
+LEARNERS = {"ppo", "contrastive", "adaptive"}
+SAMPLERS = {"preferences", "reward", "baselines", "evaluation", *LEARNERS}
+STAGES = SAMPLERS | {"data", "sft", "dpo"}
+REDOES = {
+    "run": set(),
+    "run.seed": STAGES,
+    "run.precision": STAGES,
+    "run.sampling_batch_size": SAMPLERS,
+    "data": {"data"},
+    "model": {"data"},
+    "world": {"data"},
+    "sft": {"sft"},
+    "reward": {"reward"},
+    "baselines": {"baselines"},
+    "ppo": LEARNERS,
+    "ppo.batch_size": LEARNERS | {"baselines"},
+    "ppo.group_size": LEARNERS | {"baselines"},
+    "ppo.iterations": LEARNERS | {"baselines"},
+    "ppo.temperature": LEARNERS | {"evaluation"},
+    "contrastive": {"contrastive", "adaptive"},
+    "contrastive.refresh": {"contrastive", "adaptive", "baselines"},
+    "dpo": {"dpo"},
+    "eval": {"evaluation"},
+    **dict.fromkeys(("world.pairs", "world.label_flips", "world.flips", "world.fooled"), {"preferences"}),
+    **dict.fromkeys(("world.prompt_bias", "world.bias_from", "world.score_noise"), LEARNERS | {"baselines"}),
+}
+OF_ANOTHER_RUN = ("run.methods", "data.dataset", "reward.source", "contrastive.source")  # they change its stages
+
+
+def test_every_setting_redoes_the_stages_that_depend_on_it():
+    """Their own settings change. What builds on them follows, because a fingerprint holds those below it."""
+    for name, group, knob in options(Config()):
+        full = f"{group}.{knob.name}"
+        if full in OF_ANOTHER_RUN:
+            continue
+        config, changed = Config(), Config()
+        config.run.methods = changed.run.methods = "ppo,contrastive,adaptive,dpo"
+        if isinstance(knob.default, str):
+            value = next((choice for choice in knob.metadata["choices"] if choice != knob.default), "another")
+        else:
+            value = not knob.default if isinstance(knob.default, bool) else knob.default + 1
+        setattr(getattr(changed, group), knob.name, value)
+        before, after = make_plan(config), make_plan(changed)
+        redone = {stage for stage in before if before[stage].settings != after[stage].settings}
+        assert set(before) == STAGES and redone == REDOES.get(full, REDOES[group]), name
+        if "sft" in redone:
+            assert before["evaluation"].fingerprint != after["evaluation"].fingerprint
+
+
+def test_a_reward_that_is_given_needs_no_preferences_and_a_group_no_baselines():
+    config = Config()
+    assert make_plan(config)["reward"].needs == ("sft", "preferences")
+    config.reward.source, config.contrastive.source = "gold", "group"
+    plan = make_plan(config)
+    assert list(plan) == ["data", "sft", "reward", "ppo", "contrastive", "adaptive", "evaluation"]
+    assert plan["reward"].needs == ("data",) and plan["contrastive"].needs == ("sft", "reward")
+    config.run.methods = "dpo"
+    plan = make_plan(config)
+    assert plan["reward"].needs == ("data",) and plan["dpo"].needs == ("sft", "preferences")
+    assert plan["evaluation"].needs == ("sft", "reward", "dpo")
 
 
 def test_baselines_are_sampled_again_when_other_prompts_are_met(tmp_path):

@@ -34,8 +34,8 @@ from ..pipeline import folder
 from ..pipeline.options import Parser, check_value, from_dict, validate
 from ..pipeline.output import show
 from ..pipeline.pipeline import Pipeline
+from ..pipeline.plan import file_stamps, fingerprint, make_plan, requirements
 from ..pipeline.rewards import guarded, load_function_reward
-from ..pipeline.run import file_stamps, fingerprint, make_plan, requirements
 from .engines import ENGINES, Engine
 
 TEMPLATES = Path(__file__).with_name("templates")

@@ -1,104 +1,22 @@
-"""One run: which stages there are, what each depends on, what has to be done again.
+"""One run: every stage of the plan that isn't done yet, and the report.
 
-    data -> sft -> preferences -> reward -> baselines -> ppo, contrastive, adaptive, dpo -> evaluation -> report
-
-A finished stage is reused while its settings, the files that it read, and those of all it builds on, are unchanged.
-What a stage does stands in `stages.py`, how it lies on the disk in `folder.py`.
+Which stages there are and what redoes them stands in `plan.py`, what they do in `stages.py`, how they lie on the disk
+in `folder.py`.
 """
 
-import hashlib
-import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
+from dataclasses import asdict
 
-from ..config import METHODS, Config, UserError
+from ..config import UserError
 from ..engine.files import read_json, write_json
 from ..engine.peak import peak_bytes, start_peak
-from . import folder, stages
+from . import folder
 from .checks import check_answers, check_batch, check_size, naming_the_knob
 from .pipeline import Pipeline
+from .plan import Stage, make_plan, requirements
 from .report import write_report
 
 DERIVED = ("evaluation",)  # redone without asking when something before them changed
-
-
-@dataclass
-class Stage:
-    build: Callable  # (pipeline, folder) -> summary in one line
-    settings: dict  # everything that the result depends on, besides the stages below
-    needs: tuple[str, ...]  # stages it reads
-    fingerprint: str = ""  # of its settings and of all it builds on
-
-
-# ------------------------------------------------------------------------------------------------ the plan
-
-
-def make_plan(c: Config) -> dict[str, Stage]:
-    """All stages of a run in order, by name."""
-    seed = {"seed": c.run.seed, "precision": c.run.precision}
-    size = {"sampling_batch_size": c.run.sampling_batch_size}
-    world = asdict(c.world) if c.data.dataset == "reviews" else {}
-    raters = {key: world.pop(key) for key in ("pairs", "label_flips", "flips", "fooled") if key in world}
-    noise = {key: world.pop(key) for key in ("prompt_bias", "bias_from", "score_noise") if key in world}
-    files = {
-        "files": [stamp for name in (c.data.dataset, c.data.eval_dataset, c.model.name) for stamp in file_stamps(name)]
-    }
-    plan = {"data": Stage(stages.build_data, {**seed, **world, **asdict(c.data), **asdict(c.model), **files}, ())}
-    plan["sft"] = Stage(stages.build_sft, {**seed, **asdict(c.sft)}, ("data",))
-    trains_reward = c.reward.source == "train"
-    if trains_reward or "dpo" in c.method_list():
-        plan["preferences"] = Stage(stages.build_preferences, {**seed, **raters, **size}, ("sft",))
-    files = {"files": file_stamps(c.reward.source)}
-    needs = ("sft", "preferences") if trains_reward else ("data",)
-    plan["reward"] = Stage(stages.build_reward, {**seed, **size, **asdict(c.reward), **files}, needs)
-    sampled = {**seed, **noise}
-    if c.contrastive.source != "group":
-        # prompts that PPO never meets need no baselines: these two numbers say which it meets
-        served = {"iterations": stages.offline_iterations(c), "prompts": c.ppo.batch_size // c.ppo.group_size}
-        served = {"prompts": "all"} if c.baselines.prompts == "all" else served
-        settings = {**sampled, **size, **asdict(c.baselines), **served}
-        plan["baselines"] = Stage(stages.build_baselines, settings, ("sft", "reward"))
-    for name in c.method_list():
-        contrastive, needs = {}, ("sft", "reward")
-        if name == "dpo":
-            plan[name] = Stage(stages.build_dpo, {**seed, **asdict(c.dpo)}, ("sft", "preferences"))
-            continue
-        if METHODS[name].contrast:
-            contrastive = {"contrastive": asdict(c.contrastive)}
-            needs += ("baselines",) if "baselines" in plan else ()
-        plan[name] = Stage(
-            partial(stages.build_ppo, name=name), {**sampled, **size, **asdict(c.ppo), **contrastive}, needs
-        )
-    settings = {**seed, **size, **asdict(c.eval), "temperature": c.ppo.temperature, "files": file_stamps(c.eval.judge)}
-    plan["evaluation"] = Stage(stages.build_evaluation, settings, ("sft", "reward", *c.method_list()))
-    for name, stage in plan.items():
-        stage.fingerprint = fingerprint([name, stage.settings, [plan[need].fingerprint for need in stage.needs]])
-    return plan
-
-
-def fingerprint(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def file_stamps(name: str) -> list[list]:
-    """Name, size and time of change of what a knob names on this disk: FILE, FILE.py:FUNCTION, or all of a folder."""
-    if name in ("", "reviews", "tiny", "train", "gold", "reward", "auto"):
-        return []
-    path = Path(name.rpartition(":")[0] if ".py:" in name else name)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    stats = [(file, file.stat()) for file in files if file.is_file()]
-    return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
-
-
-def requirements(plan: dict[str, Stage], name: str) -> set[str]:
-    """The stage and everything it builds on, directly or not."""
-    return {name}.union(*(requirements(plan, need) for need in plan[name].needs))
-
-
-# ------------------------------------------------------------------------------------------------- the run
 
 
 def run_to(pipe: Pipeline, last: str = "all", redo: bool = False) -> None:
