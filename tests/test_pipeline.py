@@ -316,6 +316,34 @@ def test_edited_judges_and_rewards_redo_what_they_must_and_no_more(tmp_path, cap
     assert "sft: done before, reused" in capsys.readouterr().out
 
 
+def test_what_has_changed_is_said_of_the_stage_that_was_made_otherwise(tmp_path, capsys):
+    """config.json already holds the new settings once one method was redone: each stage knows its own."""
+    run = [*ONE, *FEW, "--methods", "ppo,adaptive", "--out", str(tmp_path / "run")]
+
+    def refused(*arguments):
+        capsys.readouterr()
+        assert main([*arguments[:1], *run, *arguments[1:]]) == 2
+        return capsys.readouterr().err
+
+    assert main(run) == 0
+    price = ["--ppo-kl-coef", "0.2"]
+    assert main(["adaptive", *run, *price, "--redo"]) == 0
+    assert "(ppo.kl_coef was 0.05, is 0.2): add --redo to redo ppo, or" in refused("ppo", *price)
+    assert main(["ppo", *run, *price, "--redo"]) == 0
+    scaled = [*price, "--contrastive-scale", "std"]
+    assert "(contrastive.scale was none, is std): add --redo to redo adaptive, or" in refused("ppo", *scaled)
+    slower = [*price, "--reward-lr", "1e-3"]
+    assert main(["reward", *run, *slower, "--redo"]) == 0
+    error = refused("ppo", *slower)
+    assert "ppo was made from an earlier sft or reward" in error and "reward.lr" not in error
+    for name in ("baselines", "ppo", "adaptive"):  # as if they had been made before there was this setting
+        stage = tmp_path / "run" / name / "stage.json"
+        older = json.loads(stage.read_text())
+        del older["settings"]["prompt_bias"]
+        stage.write_text(json.dumps(older))
+    assert "(the project itself has changed): add --redo to redo baselines, ppo" in refused("ppo", *slower)
+
+
 def test_weights_that_change_inside_a_reward_folder_are_noticed(tmp_path, capsys):
     classifier = str(model_folder(tmp_path / "classifier", labels=1))
     run = [*ONE, *FEW, "--out", str(tmp_path / "run")]

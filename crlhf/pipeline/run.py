@@ -70,31 +70,40 @@ def check_stale(pipe: Pipeline, plan: dict[str, Stage], redo: bool) -> None:
     stale = [name for name in stale if name not in DERIVED]
     if not stale:
         return
-    changed = "; ".join(changes(pipe, plan, built)[:4]) or "the project itself has changed"
+    changed = "; ".join(reasons(plan, built, stale)[:4]) or "the project itself has changed"
     if not redo:
         mend = f"add --redo to redo {', '.join(stale)}, or choose another --out"
         raise UserError(f"--out {pipe.folder} holds another config ({changed}): {mend}")
     pipe.log(f"changed: {changed}; will redo {', '.join(stale)}")
 
 
-def changes(pipe: Pipeline, plan: dict[str, Stage], built: dict[str, dict]) -> list[str]:
-    """What differs from the folder, for a message: ['ppo.lr was 0.001, is 0.002', 'judge.py has changed']."""
-    try:
-        old = read_json(pipe.folder / "config.json")
-    except (OSError, ValueError):
-        old = {}
-    new = asdict(pipe.config)
-    new["run"] = {"seed": pipe.config.run.seed, "precision": pipe.config.run.precision}
-    found = [
-        f"{group}.{knob} was {old[group][knob]}, is {value}".removeprefix("run.")
-        for group, knobs in new.items()
-        for knob, value in knobs.items()
-        if old.get(group, {}).get(knob, value) != value
-    ]
-    for name, stage in plan.items():
-        before = built[name].get("settings", {}).get("files", [])
-        found += [f"{file[0]} has changed" for file in stage.settings.get("files", []) if before and file not in before]
-    return found
+def reasons(plan: dict[str, Stage], built: dict[str, dict], stale: list[str]) -> list[str]:
+    """Why stages have to be made again: ['ppo.lr was 0.001, is 0.002', 'judge.py has changed'].
+
+    built: what their stage.json holds. The config.json of the folder has the settings of the last command alone.
+    """
+    told = []
+    for name in stale:
+        stage, old_settings = plan[name], built[name].get("settings", {})
+        differences = settings_that_differ(stage, old_settings)
+        if not differences and old_settings == stage.settings and not set(stage.needs) & set(stale):
+            differences = [f"{name} was made from an earlier {' or '.join(stage.needs)}"]
+        told += differences
+    return list(dict.fromkeys(told))
+
+
+def settings_that_differ(stage: Stage, old_settings: dict) -> list[str]:
+    old_values = {**old_settings, **old_settings.get("contrastive", {})}
+    differences = []
+    for full_name, value in stage.knobs.items():
+        old_value = old_values.get(full_name.partition(".")[2], value)
+        if old_value != value:
+            differences.append(f"{full_name} was {old_value}, is {value}".removeprefix("run."))
+    old_files = old_settings.get("files", [])
+    for file in stage.settings.get("files", []):
+        if old_files and file not in old_files:
+            differences.append(f"{file[0]} has changed")
+    return differences
 
 
 def show_results(pipe: Pipeline) -> None:
