@@ -270,6 +270,18 @@ def test_prompt_and_response_beyond_the_context(fails, tmp_path, out):
     succeeds(out, "--model", model_folder(tmp_path / "longer", context=88))
 
 
+@pytest.mark.parametrize("step", ["repeat", "keep"])
+def test_a_model_whose_cache_cannot_do_what_sampling_needs_is_refused_before_sft(step, fails, tmp_path, monkeypatch):
+    """Several responses share their prompt's pass, and those that end early leave the batch."""
+
+    def lacking(cache, rows):
+        raise AttributeError(f"no way to {step} rows")
+
+    monkeypatch.setattr(f"crlhf.engine.forward.Cache.{step}", lacking)
+    error = fails("--model", model_folder(tmp_path / "model"))
+    assert f"can't be trained here (no way to {step} rows): use a causal language model such as GPT-2" in error
+
+
 def test_classifier_with_several_labels(fails, tmp_path, out):
     folder = model_folder(tmp_path / "classifier", labels=3)
     arguments = ("--reward", folder, "--ppo-critic", "zero_head")

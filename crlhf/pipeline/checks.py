@@ -9,10 +9,9 @@ from transformers import AutoModelForSequenceClassification
 
 from ..config import Config, UserError
 from ..engine.files import first_line
-from ..engine.forward import context_length
+from ..engine.forward import Cache, Model, context_length, sampling
 from ..engine.models import load_model, read_model_config
-from ..engine.text import Tokenizer, encode_prompt
-from ..policy import generate
+from ..engine.text import Tokenizer, encode_prompt, pad_prompts
 from .pipeline import Pipeline
 
 GB = 1e9
@@ -73,18 +72,32 @@ def check_model(pipe: Pipeline, tokenizer: Tokenizer) -> None:
     """The model loads, samples, and can carry a scalar head."""
     name = pipe.config.model.name
     model = load_model(name)
+    mend = "use a causal language model such as GPT-2, SmolLM2 or Qwen2.5"
     try:
-        generate(model, tokenizer, ["a", "a prompt"], max_new_tokens=2)
+        try_sampling(model, tokenizer)
         with torch.device("meta"):
             scalar = AutoModelForSequenceClassification.from_config(model.config)
     except Exception as error:  # whatever an architecture that we don't know raises
-        mend = "use a causal language model such as GPT-2, SmolLM2 or Qwen2.5"
         raise UserError(
-            f"'{name}' ({type(model).__name__}) can't be trained here ({first_line(error)}): {mend}"
+            f"'{name}' ({type(model).__name__}) can't be trained here ({first_line(error)})", mend
         ) from None
     if not hasattr(scalar, "score"):
-        what = f"'{name}' is a {type(model).__name__}, which has no scalar head on its tokens"
-        raise UserError(f"{what}: use a causal language model such as GPT-2, SmolLM2 or Qwen2.5")
+        raise UserError(f"'{name}' is a {type(model).__name__}, which has no scalar head on its tokens", mend)
+
+
+def try_sampling(model: Model, tokenizer: Tokenizer) -> None:
+    """All that sampling does with a cache: two responses a prompt, and after three of six tokens half of them end."""
+    ids, mask = pad_prompts(tokenizer, ["a", "a prompt"])
+    with sampling(model):
+        cache = Cache(model, mask, n_new=6)
+        logits = cache.next_logits(ids).repeat_interleave(2, 0)
+        cache.repeat(2)
+        for t in range(6):
+            if t == 3:
+                rows = torch.tensor([0, 3])
+                cache.keep(rows)
+                logits = logits[rows]
+            logits = cache.next_logits(logits.argmax(-1, keepdim=True))
 
 
 def check_size(config: Config) -> None:
