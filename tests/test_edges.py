@@ -428,6 +428,34 @@ def test_running_out_of_memory_names_the_stage_and_the_knob(copied, monkeypatch,
     assert error.startswith("error: dpo: out of memory") and "lower --micro-batch-size" in error
 
 
+@pytest.mark.parametrize(
+    "stage, step, knob",
+    [
+        ("reward", "crlhf.reward.bradley_terry_loss", "--micro-batch-size"),
+        ("reward", "crlhf.policy.sample", "--sampling-batch-size"),  # the scale of the reward
+        ("reward", "crlhf.pipeline.rewards.score_texts", "--sampling-batch-size"),
+        ("ppo", "crlhf.policy.sample", "--sampling-batch-size"),
+        ("ppo", "crlhf.ppo.policy_loss", "--micro-batch-size"),
+        ("evaluation", "crlhf.evaluate.response_log_probs", "--sampling-batch-size"),
+    ],
+)
+def test_the_knob_is_that_of_the_step_which_ran_out_of_memory(stage, step, knob, copied, monkeypatch, capsys):
+    for name in {stage, "evaluation"}:
+        shutil.rmtree(copied / name)
+    if stage == "reward":  # its settings have changed, so what builds on it is made again, too
+        arguments = ["--reward-normalize", "yes", "--reward-epochs", "2", "--redo"]
+    else:
+        arguments = []
+
+    def greedy(*arguments, **others):
+        torch.empty(2**50)
+
+    monkeypatch.setattr(step, greedy)
+    assert run(copied, *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {stage}: out of memory") and f"lower {knob}, or the lengths" in error
+
+
 def test_no_network_is_one_line_within_seconds(monkeypatch, capsys, tmp_path):
     """Nobody listens on the first port; on the second one somebody does, and never answers."""
     with socket.socket() as silent:

@@ -1,6 +1,8 @@
 """A whole run, tried out before its first stage trains: does everything load, fit and answer?"""
 
+import inspect
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,15 +14,14 @@ from ..engine.files import first_line
 from ..engine.forward import Cache, Model, context_length, sampling
 from ..engine.models import load_model, read_model_config
 from ..engine.text import Tokenizer, encode_prompt, pad_prompts
+from ..evaluate import evaluate_policy
+from ..policy import generate
 from .pipeline import Pipeline
+from .rewards import ModelReward
 
 GB = 1e9
-# Which knob lowers the memory of a stage: the one to name when it runs out.
-MEMORY_KNOBS = {
-    "preferences": "--sampling-batch-size",
-    "baselines": "--sampling-batch-size",
-    "evaluation": "--sampling-batch-size",
-}
+# Where --sampling-batch-size rows are worked on at once; everywhere else it is --micro-batch-size.
+SAMPLES_OR_SCORES = {inspect.unwrap(step).__code__ for step in (generate, ModelReward.__call__, evaluate_policy)}
 
 
 def check_run(pipe: Pipeline, tokenizer: Tokenizer, train_prompts: list[str], eval_prompts: list[str]) -> None:
@@ -143,12 +144,14 @@ def total_memory() -> float:
 
 @contextmanager
 def naming_the_knob(stage: str) -> Iterator[None]:
-    """Out of memory in a stage is one line that names it, and what to lower."""
+    """Out of memory in a stage is one line that names it, and what to lower for the step that failed."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
         if not out_of_memory:
             raise
-        knob = MEMORY_KNOBS.get(stage, "--micro-batch-size")
-        raise UserError(f"{stage}: out of memory ({first_line(error)[:90]}): lower {knob}, or the lengths") from None
+        went_through = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+        option = "--sampling-batch-size" if went_through & SAMPLES_OR_SCORES else "--micro-batch-size"
+        problem = f"{stage}: out of memory ({first_line(error)[:90]})"
+        raise UserError(problem, f"lower {option}, or the lengths") from None
