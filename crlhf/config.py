@@ -240,3 +240,6 @@ class Config:
 
     def method_list(self) -> list[str]:
         return [name.strip() for name in self.run.methods.split(",") if name.strip()]
+
+    def needs_preferences(self) -> bool:
+        return self.reward.source == "train" or "dpo" in self.method_list()

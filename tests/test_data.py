@@ -65,7 +65,8 @@ def assistant(text):
 def parse(row, tokenizer, preferred="better_response_id", prompt_words=3):
     """One row as it comes out: (prompt, response), or (prompt, chosen, rejected)."""
     check_columns(set(row), preferred, "rows")
-    example = parse_row(row, "rows, row 1", set(row), preferred, prompt_words, tokenizer)
+    config = DataConfig(preferred=preferred, prompt_words=prompt_words)
+    example = parse_row(row, "rows, row 1", set(row), config, tokenizer)
     assert are_preferences(set(row)) == ("rejected" in example)
     if "rejected" in example:
         assert example["prompt"] == example["rejected_prompt"]

@@ -28,7 +28,7 @@ def check_run(pipe: Pipeline, tokenizer: Tokenizer, train_prompts: list[str], ev
     """Raise UserError for what would stop a later stage."""
     if pipe.config.baselines.prompts == "met":
         check_batch(pipe.config, train_prompts)
-    check_lengths(pipe.config, tokenizer, [*train_prompts, *eval_prompts])
+    check_lengths(pipe.config, tokenizer, train_prompts + eval_prompts)
     if pipe.config.model.name != "tiny":
         check_model(pipe, tokenizer)
     check_answers(pipe, functions=False)
@@ -36,7 +36,8 @@ def check_run(pipe: Pipeline, tokenizer: Tokenizer, train_prompts: list[str], ev
 
 def check_answers(pipe: Pipeline, functions: bool) -> None:
     """A reward or judge from outside answers: a user's function (it may have been edited), or a classifier."""
-    for spec in sorted({pipe.config.reward.source, pipe.config.eval.judge} - {"train", "reward", "auto", "gold"}):
+    from_outside = {pipe.config.reward.source, pipe.config.eval.judge} - {"train", "reward", "auto", "gold"}
+    for spec in sorted(from_outside):
         if (".py:" in spec) == functions:
             pipe.reward_callable(spec)(["a prompt"], ["a response"])
 
@@ -44,29 +45,31 @@ def check_answers(pipe: Pipeline, functions: bool) -> None:
 def check_batch(config: Config, prompts: list[str]) -> None:
     """A rollout batch holds every training prompt at most group_size times."""
     if len(prompts) < config.ppo.batch_size // config.ppo.group_size:
-        what = f"{len(prompts)} training prompts, fewer than --ppo-batch-size {config.ppo.batch_size}"
-        raise UserError(f"{config.data.dataset} gives {what}: lower it")
+        name, option = config.data.dataset, f"--ppo-batch-size {config.ppo.batch_size}"
+        raise UserError(f"{name} gives {len(prompts)} training prompts, fewer than {option}", "lower it")
 
 
 def check_lengths(config: Config, tokenizer: Tokenizer, prompts: list[str]) -> None:
     """Prompts must be within their limit, and prompt and response must fit into what the model can address."""
-    data, name = config.data, config.model.name
-    length = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
-    if length > data.max_prompt_tokens:  # the embedded world's: a dataset's long prompts have been dropped
-        what = f"--max-prompt-tokens {data.max_prompt_tokens} is too low"
-        raise UserError(f"{what}: the longest prompt of {data.dataset} has {length} tokens")
+    name = config.model.name
+    prompt_limit, response_limit = config.data.max_prompt_tokens, config.data.max_response_tokens
+    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
+    if longest > prompt_limit:  # the embedded world's: a dataset's long prompts have been dropped
+        fact = f"the longest prompt of {config.data.dataset} has {longest} tokens"
+        raise UserError(f"--max-prompt-tokens {prompt_limit} is too low", fact)
     if name == "tiny":
         return
     model_config = read_model_config(name)
-    longest, limit = data.max_prompt_tokens + data.max_response_tokens, context_length(model_config)
-    if longest > limit:
-        what = f"--max-prompt-tokens {data.max_prompt_tokens} + --max-response-tokens {data.max_response_tokens}"
-        mend = "lower one of them"
-        raise UserError(f"{what} = {longest} exceed the {limit} tokens that '{name}' can address: {mend}")
-    rows = getattr(model_config, "vocab_size", None)
-    if rows is not None and len(tokenizer) > rows:
-        what = f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only {rows}"
-        raise UserError(f"{what}: they don't belong together; mend the folder")
+    total, context = prompt_limit + response_limit, context_length(model_config)
+    if total > context:
+        options = f"--max-prompt-tokens {prompt_limit} + --max-response-tokens {response_limit}"
+        raise UserError(
+            f"{options} = {total} exceed the {context} tokens that '{name}' can address", "lower one of them"
+        )
+    n_embeddings = getattr(model_config, "vocab_size", None)
+    if n_embeddings is not None and len(tokenizer) > n_embeddings:
+        problem = f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only {n_embeddings}"
+        raise UserError(problem, "they don't belong together; mend the folder")
 
 
 def check_model(pipe: Pipeline, tokenizer: Tokenizer) -> None:
@@ -79,9 +82,8 @@ def check_model(pipe: Pipeline, tokenizer: Tokenizer) -> None:
         with torch.device("meta"):
             scalar = AutoModelForSequenceClassification.from_config(model.config)
     except Exception as error:  # whatever an architecture that we don't know raises
-        raise UserError(
-            f"'{name}' ({type(model).__name__}) can't be trained here ({first_line(error)})", mend
-        ) from None
+        problem = f"'{name}' ({type(model).__name__}) can't be trained here ({first_line(error)})"
+        raise UserError(problem, mend) from None
     if not hasattr(scalar, "score"):
         raise UserError(f"'{name}' is a {type(model).__name__}, which has no scalar head on its tokens", mend)
 

@@ -9,6 +9,7 @@ demonstrations and {prompt, chosen, rejected} for preferences. Formats are told 
     prompt, response_0, response_1    PKU-Alignment/PKU-SafeRLHF; --preferred picks the judging column
     prompt, completion | messages     demonstrations only
     text                              plain text (imdb): first words are the prompt, the rest the completion
+    prompt                            prompts alone, where nothing but baselines is wanted
 
 Rows that can't be used are dropped for a stated reason and counted; nothing is dropped in silence.
 
@@ -16,15 +17,19 @@ A hub dataset with several subsets takes one after a colon: openai/summarize_fro
 """
 
 import collections
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..config import DataConfig, UserError
 from ..engine.files import Progress, shuffled
 from ..engine.text import Tokenizer, encode_prompt, encode_response
 
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+HUMAN = "\n\nHuman:"
+ASSISTANT = "\n\nAssistant:"
 MOST_CHARACTERS = 1_000_000
-PAIR = ("prompt", "completion", "rejected_prompt", "rejected")
+
+CHOSEN_REJECTED = {"chosen", "rejected"}
+COMPARISONS = {"info", "summaries", "choice"}
+TWO_RESPONSES = {"prompt", "response_0", "response_1"}
 
 
 class Unusable(Exception):
@@ -37,13 +42,13 @@ class Corpus:
 
     train_prompts: list[str]
     eval_prompts: list[str]
-    demonstrations: list[dict]  # rows {prompt, completion}
+    demonstrations: list[dict] = field(default_factory=list)  # rows {prompt, completion}
     preferences: list[dict] = field(default_factory=list)  # rows {prompt, chosen, rejected}
     eval_preferences: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was dropped or cut, and how often
 
 
-# ------------------------------------------------------------------------------------------ telling formats
+# ------------------------------------------------------------------------------------ messages and dialogues
 
 
 def render(messages: list[dict], tokenizer: Tokenizer) -> str:
@@ -54,7 +59,8 @@ def render(messages: list[dict], tokenizer: Tokenizer) -> str:
         except Exception:  # a template is a program of its own, and may fail in any way
             raise Unusable("that the tokenizer's chat template refuses") from None
     names = {"user": "Human", "assistant": "Assistant", "system": "System"}
-    return "".join(f"\n\n{names.get(m['role'], m['role'])}: {m['content']}" for m in messages) + ASSISTANT
+    turns = [f"\n\n{names.get(m['role'], m['role'])}: {m['content']}" for m in messages]
+    return "".join(turns) + ASSISTANT
 
 
 def split_dialogue(dialogue: str | list[dict], tokenizer: Tokenizer) -> tuple[str, str]:
@@ -68,11 +74,14 @@ def split_dialogue(dialogue: str | list[dict], tokenizer: Tokenizer) -> tuple[st
     if not all(isinstance(message["content"], str) for message in dialogue):
         raise Unusable("with a message that is no text")  # tool calls, images
     *before, answer = dialogue or [{"role": "assistant", "content": ""}]
+    response = answer["content"]
     if answer["role"] != "assistant":
         raise not_answered
     if not any(message["content"].strip() for message in before):
-        return "", answer["content"]
-    return render(before, tokenizer), answer["content"] if tokenizer.chat_template else " " + answer["content"]
+        return "", response
+    if not tokenizer.chat_template:
+        response = " " + response
+    return render(before, tokenizer), response
 
 
 def prompt_and_response(prompt: str | list, response: str | list, tokenizer: Tokenizer) -> tuple[str, str]:
@@ -87,22 +96,62 @@ def prompt_and_response(prompt: str | list, response: str | list, tokenizer: Tok
     return split_dialogue(response if repeats else [*prompt, *response], tokenizer)
 
 
-def parse_pair(row: dict, columns: set[str], preferred: str, tokenizer: Tokenizer) -> tuple[str, str, str, str]:
-    """A preference row in any known format -> (prompt, chosen, prompt of rejected, rejected)."""
-    if {"chosen", "rejected"} <= columns:
-        sides = [row["chosen"] or "", row["rejected"] or ""]
-        if "prompt" in columns:
-            sides = [prompt_and_response(row["prompt"] or "", side, tokenizer) for side in sides]
-        else:
-            sides = [split_dialogue(side, tokenizer) for side in sides]
-        return (*sides[0], *sides[1])
-    if {"info", "summaries", "choice"} <= columns:
-        prompt, better = reddit_prompt(row["info"]), better_index(row["choice"], "choice")
-        texts = [" " + (summary["text"] or "").strip() for summary in row["summaries"]]
+# ---------------------------------------------------------------------------------------------- the formats
+
+
+def are_preferences(columns: set[str]) -> bool:
+    return CHOSEN_REJECTED <= columns or COMPARISONS <= columns or TWO_RESPONSES <= columns
+
+
+def are_prompts_alone(columns: set[str]) -> bool:
+    """Rows with a prompt and nothing that answers it: enough for baselines, not for SFT."""
+    answers = {"completion", *CHOSEN_REJECTED} & columns
+    return "prompt" in columns and not answers and not are_preferences(columns)
+
+
+def check_columns(columns: set[str], preferred: str, name: str) -> None:
+    """Raise a UserError that names what is missing, if the columns are of no known format."""
+    if CHOSEN_REJECTED <= columns or COMPARISONS <= columns:
+        return
+    listed = ", ".join(sorted(columns))
+    if TWO_RESPONSES <= columns:
+        if preferred in columns:
+            return
+        problem = f"{name} has no column '{preferred}' that says which response is better"
+        raise UserError(problem, f"give one of its columns to --preferred ({listed})")
+    if {"prompt", "completion"} <= columns or {"messages", "text"} & columns:
+        return
+    partners = {"chosen": "rejected", "rejected": "chosen", "prompt": "completion' or 'chosen' and 'rejected"}
+    partners["completion"] = "prompt"
+    missing = next((partners[column] for column in partners if column in columns), "chosen' and 'rejected")
+    raise UserError(f"{name} is missing the column '{missing}'", f"it has {listed}")
+
+
+def parse_pair(row: dict, columns: set[str], preferred: str, tokenizer: Tokenizer) -> dict[str, str]:
+    """A preference row in any known format, as {prompt, completion, rejected_prompt, rejected}."""
+    if CHOSEN_REJECTED <= columns:
+        prompt, chosen = parse_side(row, "chosen", columns, tokenizer)
+        rejected_prompt, rejected = parse_side(row, "rejected", columns, tokenizer)
     else:
-        prompt, better = row["prompt"] or "", better_index(row[preferred], preferred)
-        texts = [row["response_0"] or "", row["response_1"] or ""]
-    return prompt, texts[better], prompt, texts[1 - better]
+        if COMPARISONS <= columns:
+            prompt = reddit_prompt(row["info"])
+            better = better_index(row["choice"], "choice")
+            texts = [" " + (summary["text"] or "").strip() for summary in row["summaries"]]
+        else:
+            prompt = row["prompt"] or ""
+            better = better_index(row[preferred], preferred)
+            texts = [row["response_0"] or "", row["response_1"] or ""]
+        chosen, rejected = texts[better], texts[1 - better]
+        rejected_prompt = prompt
+    return {"prompt": prompt, "completion": chosen, "rejected_prompt": rejected_prompt, "rejected": rejected}
+
+
+def parse_side(row: dict, side: str, columns: set[str], tokenizer: Tokenizer) -> tuple[str, str]:
+    """(prompt, response) of the chosen or the rejected side."""
+    response = row[side] or ""
+    if "prompt" in columns:
+        return prompt_and_response(row["prompt"] or "", response, tokenizer)
+    return split_dialogue(response, tokenizer)
 
 
 def reddit_prompt(info: dict) -> str:
@@ -124,112 +173,44 @@ def better_index(value: object, column: str) -> int:
     raise Unusable(f"whose {column} is neither 0 nor 1")
 
 
-def parse_demonstration(row: dict, columns: set[str], prompt_words: int, tokenizer: Tokenizer) -> tuple[str, str]:
-    """A row without preferences -> (prompt, completion)."""
+def parse_demonstration(row: dict, columns: set[str], prompt_words: int, tokenizer: Tokenizer) -> dict[str, str]:
+    """A row without preferences, as {prompt, completion}."""
     if "completion" in columns:
         if row.get("label") is False:  # trl-lib/kto-mix: a thumbs-down
             raise Unusable("whose label is false")
-        return prompt_and_response(row["prompt"] or "", row["completion"] or "", tokenizer)
-    if "messages" in columns:
-        return split_dialogue(row["messages"] or [], tokenizer)
-    words = (row["text"] or "").split(" ")
-    return " ".join(words[:prompt_words]), "".join(" " + word for word in words[prompt_words:])
+        prompt, completion = prompt_and_response(row["prompt"] or "", row["completion"] or "", tokenizer)
+    elif "messages" in columns:
+        prompt, completion = split_dialogue(row["messages"] or [], tokenizer)
+    else:
+        words = (row["text"] or "").split(" ")
+        prompt = " ".join(words[:prompt_words])
+        completion = "".join(" " + word for word in words[prompt_words:])
+    return {"prompt": prompt, "completion": completion}
 
 
-def are_preferences(columns: set[str]) -> bool:
-    formats = ({"chosen", "rejected"}, {"info", "summaries", "choice"}, {"prompt", "response_0", "response_1"})
-    return any(wanted <= columns for wanted in formats)
+def parse_prompt(row: dict, tokenizer: Tokenizer) -> dict[str, str]:
+    """A row without any answer, as {prompt}."""
+    prompt, _ = prompt_and_response(row["prompt"] or "", "", tokenizer)
+    return {"prompt": prompt}
 
 
-def are_prompts_alone(columns: set[str]) -> bool:
-    """Rows with a prompt and nothing that answers it: enough for baselines, not for SFT."""
-    return "prompt" in columns and not are_preferences(columns) and not {"completion", "chosen", "rejected"} & columns
-
-
-def check_columns(columns: set[str], preferred: str, name: str) -> None:
-    """Raise a UserError that names what is missing, if the columns are of no known format."""
-    if {"chosen", "rejected"} <= columns or {"info", "summaries", "choice"} <= columns:
-        return
-    if {"prompt", "response_0", "response_1"} <= columns and preferred not in columns:
-        what = f"{name} has no column '{preferred}' that says which response is better"
-        raise UserError(f"{what}: give one of its columns to --preferred ({', '.join(sorted(columns))})")
-    if are_preferences(columns) or {"prompt", "completion"} <= columns or {"messages", "text"} & columns:
-        return
-    other = {"chosen": "rejected", "rejected": "chosen", "prompt": "completion' or 'chosen' and 'rejected"}
-    other["completion"] = "prompt"
-    missing = next((other[column] for column in other if column in columns), "chosen' and 'rejected")
-    raise UserError(f"{name} is missing the column '{missing}': it has {', '.join(sorted(columns))}")
-
-
-# ---------------------------------------------------------------------------------------- rows to a corpus
-
-
-def build_corpus(
-    rows: list[dict], name: str, tokenizer: Tokenizer, config: DataConfig, seed: int, held_out_rows: list[dict] = ()
-) -> Corpus:
-    """Parse, filter, split. Raises UserError when nothing usable is left.
-
-    held_out_rows: those of config.eval_dataset; without them a share of the prompts is held out.
-    """
-    examples, notes = read_examples(rows, name, tokenizer, config)
-    if not held_out_rows:
-        return split_corpus(examples, config.eval_fraction, seed, name, notes)
-    held_out, more_notes = read_examples(held_out_rows, config.eval_dataset, tokenizer, config)
-    eval_prompts = set(example["prompt"] for example in held_out)
-    kept = [example for example in examples if example["prompt"] not in eval_prompts]
-    if len(kept) < len(examples):
-        notes.append(f"{name}: {len(examples) - len(kept)} rows dropped whose prompt is in {config.eval_dataset}")
-    order = shuffled_prompts(kept, seed)
-    if len(order) < 2:
-        raise UserError(f"{name} has only {len(order)} usable prompts that are not in {config.eval_dataset}")
-    return fill_corpus(kept + held_out, order, shuffled_prompts(held_out, seed), notes + more_notes)
-
-
-def read_examples(
-    rows: list[dict], name: str, tokenizer: Tokenizer, config: DataConfig
-) -> tuple[list[dict], list[str]]:
-    """Usable rows as texts, and notes about the others."""
-    columns, preferred = set(rows[0]), config.preferred or "better_response_id"
-    check_columns(columns, preferred, name)
-    dropped, examples = collections.Counter(), []
-    with Progress(len(rows), "reading") as bar:
-        for number, row in enumerate(rows, 1):
-            try:
-                example = parse_row(row, f"{name}, row {number}", columns, preferred, config.prompt_words, tokenizer)
-                require_usable(example, tokenizer, config)
-                examples.append(example)
-            except Unusable as reason:
-                dropped[str(reason)] += 1
-            bar.update()
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
-    if not examples:
-        raise UserError(f"{name}: none of its {len(rows)} rows can be used: {reasons}")
-    notes = [f"{name}: {sum(dropped.values())} of {len(rows)} rows dropped: {reasons}"] if dropped else []
-    responses = [row[side] for row in examples for side in ("completion", "rejected") if side in row]
-    n_cut = sum(len(encode_response(tokenizer, text)) >= config.max_response_tokens for text in responses)
-    if n_cut:
-        limit = f"--max-response-tokens {config.max_response_tokens}"
-        notes.append(f"{name}: {n_cut} of {len(responses)} responses are longer than {limit} and are cut there")
-    return examples, notes
-
-
-def parse_row(
-    row: dict, place: str, columns: set[str], preferred: str, prompt_words: int, tokenizer: Tokenizer
-) -> dict[str, str]:
-    """One row as {prompt, completion}, and for preferences also rejected and the prompt of its side."""
+def parse_row(row: dict, position: str, columns: set[str], config: DataConfig, tokenizer: Tokenizer) -> dict[str, str]:
+    """One row as texts: {prompt}, {prompt, completion}, or for preferences also the other side."""
     try:
         if are_preferences(columns):
-            names, texts = PAIR, parse_pair(row, columns, preferred, tokenizer)
+            example = parse_pair(row, columns, config.preferred, tokenizer)
+        elif {"completion", "messages", "text"} & columns:
+            example = parse_demonstration(row, columns, config.prompt_words, tokenizer)
         else:
-            names, texts = PAIR[:2], parse_demonstration(row, columns, prompt_words, tokenizer)
+            example = parse_prompt(row, tokenizer)
     except KeyError as error:
-        raise UserError(f"{place}: the column {error} is missing") from None
+        raise UserError(position, f"the column {error} is missing") from None
     except (TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{place}: a value is neither a text nor a list of messages ({error})") from None
-    for value in texts:
+        raise UserError(position, f"a value is neither a text nor a list of messages ({error})") from None
+    for value in example.values():
         if not isinstance(value, str):
-            raise UserError(f"{place}: {value!r:.60} is neither a text nor a list of messages")
-    return dict(zip(names, texts))
+            raise UserError(position, f"{value!r:.60} is neither a text nor a list of messages")
+    return example
 
 
 def require_usable(example: dict[str, str], tokenizer: Tokenizer, config: DataConfig) -> None:
@@ -238,7 +219,7 @@ def require_usable(example: dict[str, str], tokenizer: Tokenizer, config: DataCo
         raise Unusable("with an empty prompt")
     if max(map(len, example.values())) > MOST_CHARACTERS:  # before a tokenizer works on it for minutes
         raise Unusable(f"with a text of more than {MOST_CHARACTERS:,} characters")
-    if not example["completion"].strip() or not example.get("rejected", "-").strip():
+    if not all(response.strip() for response in responses_of(example)):
         raise Unusable("with an empty response")
     if "rejected" in example:
         if example["prompt"] != example["rejected_prompt"]:
@@ -247,6 +228,81 @@ def require_usable(example: dict[str, str], tokenizer: Tokenizer, config: DataCo
             raise Unusable("with chosen equal to rejected")
     if len(encode_prompt(tokenizer, example["prompt"])) > config.max_prompt_tokens:
         raise Unusable(f"with a prompt longer than --max-prompt-tokens {config.max_prompt_tokens}")
+
+
+def responses_of(example: dict[str, str]) -> list[str]:
+    return [example[side] for side in ("completion", "rejected") if side in example]
+
+
+# ---------------------------------------------------------------------------------------- rows to a corpus
+
+
+def build_corpus(
+    rows: list[dict],
+    name: str,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    seed: int,
+    held_out_rows: list[dict] = (),
+    prompts_suffice: bool = False,
+) -> Corpus:
+    """Parse, filter, split. Raises UserError when nothing usable is left.
+
+    held_out_rows: those of config.eval_dataset; without them a share of the prompts is held out.
+    prompts_suffice: rows may be prompts alone. They give no demonstrations.
+    """
+    config = replace(config, preferred=config.preferred or "better_response_id")
+    examples, notes = read_examples(rows, name, tokenizer, config, prompts_suffice)
+    if not held_out_rows:
+        return split_corpus(examples, config.eval_fraction, seed, name, notes)
+    held_out, more_notes = read_examples(held_out_rows, config.eval_dataset, tokenizer, config, prompts_suffice)
+    eval_prompts = shuffled_prompts(held_out, seed)
+    is_held_out = set(eval_prompts)
+    kept = [example for example in examples if example["prompt"] not in is_held_out]
+    if len(kept) < len(examples):
+        notes.append(f"{name}: {len(examples) - len(kept)} rows dropped whose prompt is in {config.eval_dataset}")
+    train_prompts = shuffled_prompts(kept, seed)
+    if len(train_prompts) < 2:
+        raise UserError(f"{name} has only {len(train_prompts)} usable prompts that are not in {config.eval_dataset}")
+    return fill_corpus(kept + held_out, train_prompts, eval_prompts, notes + more_notes)
+
+
+def read_examples(
+    rows: list[dict], name: str, tokenizer: Tokenizer, config: DataConfig, prompts_suffice: bool
+) -> tuple[list[dict], list[str]]:
+    """Usable rows as texts, and notes about the others."""
+    columns = set(rows[0])
+    if prompts_suffice and are_prompts_alone(columns):
+        columns = {"prompt"}
+    else:
+        check_columns(columns, config.preferred, name)
+    examples = []
+    dropped = collections.Counter()
+    with Progress(len(rows), "reading") as bar:
+        for number, row in enumerate(rows, 1):
+            try:
+                example = parse_row(row, f"{name}, row {number}", columns, config, tokenizer)
+                require_usable(example, tokenizer, config)
+                examples.append(example)
+            except Unusable as reason:
+                dropped[str(reason)] += 1
+            bar.update()
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+    if not examples:
+        raise UserError(f"{name}: none of its {len(rows)} rows can be used", reasons)
+    notes = []
+    if dropped:
+        notes.append(f"{name}: {sum(dropped.values())} of {len(rows)} rows dropped: {reasons}")
+    return examples, notes + cut_responses(examples, name, tokenizer, config.max_response_tokens)
+
+
+def cut_responses(examples: list[dict], name: str, tokenizer: Tokenizer, limit: int) -> list[str]:
+    """A note if responses are longer than `limit` tokens, EOS included."""
+    responses = [response for example in examples for response in responses_of(example)]
+    n_cut = sum(len(encode_response(tokenizer, response)) >= limit for response in responses)
+    option = f"--max-response-tokens {limit}"
+    note = f"{name}: {n_cut} of {len(responses)} responses are longer than {option} and are cut there"
+    return [note] if n_cut else []
 
 
 def shuffled_prompts(examples: list[dict], seed: int) -> list[str]:
@@ -260,17 +316,19 @@ def split_corpus(examples: list[dict], eval_fraction: float, seed: int, name: st
     prompts = shuffled_prompts(examples, seed)
     n_eval = max(1, round(eval_fraction * len(prompts)))
     if len(prompts) - n_eval < 2:
-        raise UserError(f"{name} has only {len(prompts)} usable prompts: that is too few to train on and hold some out")
+        problem = f"{name} has only {len(prompts)} usable prompts"
+        raise UserError(problem, "that is too few to train on and hold some out")
     return fill_corpus(examples, prompts[n_eval:], prompts[:n_eval], notes)
 
 
 def fill_corpus(examples: list[dict], train_prompts: list[str], eval_prompts: list[str], notes: list[str]) -> Corpus:
-    corpus, held_out = Corpus(train_prompts, eval_prompts, [], notes=notes), set(eval_prompts)
+    corpus = Corpus(train_prompts, eval_prompts, notes=notes)
+    is_held_out = set(eval_prompts)
     for example in examples:
-        prompt, completion = example["prompt"], example["completion"]
-        if prompt not in held_out:
-            corpus.demonstrations.append({"prompt": prompt, "completion": completion})
+        prompt = example["prompt"]
+        if "completion" in example and prompt not in is_held_out:
+            corpus.demonstrations.append({"prompt": prompt, "completion": example["completion"]})
         if "rejected" in example:
-            pairs = corpus.eval_preferences if prompt in held_out else corpus.preferences
-            pairs.append({"prompt": prompt, "chosen": completion, "rejected": example["rejected"]})
+            pairs = corpus.eval_preferences if prompt in is_held_out else corpus.preferences
+            pairs.append({"prompt": prompt, "chosen": example["completion"], "rejected": example["rejected"]})
     return corpus

@@ -87,7 +87,7 @@ def make_plan(config: Config) -> dict[str, Stage]:
 def stage_names(config: Config) -> list[str]:
     """The stages that are part of a run."""
     names = ["data", "sft"]
-    if config.reward.source == "train" or "dpo" in config.method_list():
+    if config.needs_preferences():
         names.append("preferences")
     names.append("reward")
     if config.contrastive.source != "group":

@@ -1,11 +1,12 @@
 """The stages: each fills its folder and returns a one-line summary of what came out.
 
-`pipe` is the Pipeline (run.py): it knows the config, where finished stages lie, and the reward.
+`pipe` is the Pipeline: it knows the config, where finished stages lie, and the reward.
 """
 
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from ..engine.files import slices, stream, write_json, write_jsonl
 from ..engine.forward import recompute_activations
 from ..engine.models import frozen_copy, load_model, load_tokenizer, save, scalar_model, tiny_model
 from ..engine.order import prompt_order
-from ..engine.text import encode_response
+from ..engine.text import Tokenizer, encode_response
 from ..engine.tokenizers import bpe_tokenizer, training_texts, word_tokenizer
 from ..evaluate import evaluate_policy, preference_accuracy
 from ..law import law_in_words, measured_law, within_correlation
@@ -28,7 +29,7 @@ from ..ppo import Models, missing_eos, train_ppo
 from ..reward import train_reward_model
 from ..sft import train_sft
 from .checks import check_batch, check_run
-from .data import Corpus, are_prompts_alone, build_corpus
+from .data import Corpus, build_corpus
 from .pipeline import Pipeline
 from .reading import read_rows
 from .report import summarise
@@ -38,28 +39,16 @@ from .rewards import ModelReward
 
 
 def build_data(pipe: Pipeline, folder: Path) -> str:
+    """Prompts, demonstrations and preferences as plain texts, and a tokenizer for them."""
     c = pipe.config
-    tokenizer = load_tokenizer(c.model.name) if c.model.name != "tiny" else None
+    tokenizer = None if pipe.tiny else load_tokenizer(c.model.name)
     if pipe.world:
         tokenizer = tokenizer or word_tokenizer(reviews.WORDS)
         corpus = world_corpus(c)
     else:
         rows = read_rows(c.data.dataset, c.data.split, c.data.max_rows)
-        alone = c.baselines.prompts == "all" and are_prompts_alone(set(rows[0]))
-        if alone:
-            rows = [{**row, "completion": "-"} for row in rows]  # read as demonstrations, which are then forgotten
         tokenizer = tokenizer or bpe_tokenizer(training_texts(rows), c.model.vocab_size)
-        held_out = read_rows(c.data.eval_dataset, c.data.split, c.data.max_rows) if c.data.eval_dataset else []
-        corpus = build_corpus(rows, c.data.dataset, tokenizer, c.data, c.run.seed, held_out)
-        if alone:
-            corpus.demonstrations = []
-            if c.sft.epochs:
-                raise UserError(f"{c.data.dataset} holds prompts alone, nothing to imitate: give --sft-epochs 0")
-        if not corpus.preferences and (c.reward.source == "train" or "dpo" in c.method_list()):
-            mend = "give --reward a classifier's name or FILE.py:FUNCTION"
-            if "dpo" in c.method_list():
-                mend += ", and leave dpo out of --methods"
-            raise UserError(f"{c.data.dataset} has no preferences to learn from: {mend}")
+        corpus = dataset_corpus(c, rows, tokenizer)
     check_run(pipe, tokenizer, corpus.train_prompts, corpus.eval_prompts)
     for name in ("train_prompts", "eval_prompts"):
         write_jsonl(folder / f"{name}.jsonl", [{"prompt": prompt} for prompt in getattr(corpus, name)])
@@ -79,25 +68,45 @@ def world_corpus(c: Config) -> Corpus:
     return Corpus(train, held_out, reviews.make_demonstrations(c.world.demonstrations, c.run.seed))
 
 
+def dataset_corpus(c: Config, rows: list[dict], tokenizer: Tokenizer) -> Corpus:
+    """A dataset's data. Raises UserError if a stage of this run would find nothing in it to learn from."""
+    name = c.data.dataset
+    held_out = []
+    if c.data.eval_dataset:
+        held_out = read_rows(c.data.eval_dataset, c.data.split, c.data.max_rows)
+    prompts_suffice = c.baselines.prompts == "all"
+    corpus = build_corpus(rows, name, tokenizer, c.data, c.run.seed, held_out, prompts_suffice)
+    if c.sft.epochs and not corpus.demonstrations:
+        raise UserError(f"{name} holds prompts alone, nothing to imitate", "give --sft-epochs 0")
+    if c.needs_preferences() and not corpus.preferences:
+        mend = "give --reward a classifier's name or FILE.py:FUNCTION"
+        if "dpo" in c.method_list():
+            mend += ", and leave dpo out of --methods"
+        raise UserError(f"{name} has no preferences to learn from", mend)
+    return corpus
+
+
 # ----------------------------------------------------------------------------------- models that are learned
 
 
 def build_sft(pipe: Pipeline, folder: Path) -> str:
     c, tokenizer = pipe.config, pipe.tokenizer()
-    if c.model.name == "tiny":
-        ids = tokenizer.eos_token_id, tokenizer.pad_token_id
-        shape = c.data.max_prompt_tokens + c.data.max_response_tokens, c.model.layers, c.model.width, c.model.heads
-        model = tiny_model(len(tokenizer), *ids, *shape, c.run.seed)
+    if pipe.tiny:
+        context = c.data.max_prompt_tokens + c.data.max_response_tokens
+        shape = context, c.model.layers, c.model.width, c.model.heads
+        model = tiny_model(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, *shape, c.run.seed)
     else:
         model = load_model(c.model.name)
-    demonstrations, job = pipe.rows("data", "demonstrations"), pipe.job("sft", folder)
-    rows = train_sft(pipe.place(model), tokenizer, demonstrations, c.sft, job)
+    demonstrations = pipe.rows("data", "demonstrations")
+    rows = train_sft(pipe.place(model), tokenizer, demonstrations, c.sft, pipe.job("sft", folder))
     save(folder, model, tokenizer)
     return f"{model.num_parameters():,} parameters, {losses_in_words(rows)}"
 
 
 def losses_in_words(rows: list[dict]) -> str:
-    return f"loss {rows[0]['loss']:.2f} -> {rows[-1]['loss']:.2f}" if rows else "no training"
+    if not rows:
+        return "no training"
+    return f"loss {rows[0]['loss']:.2f} -> {rows[-1]['loss']:.2f}"
 
 
 def build_preferences(pipe: Pipeline, folder: Path) -> str:
@@ -105,7 +114,8 @@ def build_preferences(pipe: Pipeline, folder: Path) -> str:
     wrong = ""
     if pipe.world:
         rows, held_out = labelled_pairs(pipe)
-        wrong = f", {sum(row['flipped'] for row in rows) / len(rows):.0%} of the labels wrong"
+        n_flipped = sum(row["flipped"] for row in rows)
+        wrong = f", {n_flipped / len(rows):.0%} of the labels wrong"
     else:
         rows, held_out = pipe.rows("data", "preferences"), pipe.rows("data", "eval_preferences")
     write_jsonl(folder / "preferences.jsonl", rows)
@@ -116,45 +126,49 @@ def build_preferences(pipe: Pipeline, folder: Path) -> str:
 def labelled_pairs(pipe: Pipeline) -> tuple[list[dict], list[dict]]:
     """Two responses of the SFT policy to every prompt, compared by the raters: pairs to train on, and held out."""
     world, seed = pipe.config.world, pipe.config.run.seed
-    prompts = reviews.make_prompts(
-        world.pairs + max(200, world.pairs // 5), f"{seed}-pairs", avoid=pipe.prompts("eval")
-    )
+    n_held_out = max(200, world.pairs // 5)
+    prompts = reviews.make_prompts(world.pairs + n_held_out, f"{seed}-pairs", avoid=pipe.prompts("eval"))
     model, tokenizer, job = pipe.model("sft"), pipe.tokenizer(), pipe.job("preferences")
-    sides = []
+    sides = [], []
     for side in (0, 1):
-        sides.append([])
-        for first, batch_prompts in slices(prompts, job.sampling_batch_size, f"preferences, response {side + 1} of 2"):
+        title = f"preferences, response {side + 1} of 2"
+        for first, batch_prompts in slices(prompts, job.sampling_batch_size, title):
             generator = stream(seed, "pairs", side, first, device=pipe.device)
             responses, *_ = generate(model, tokenizer, batch_prompts, job.max_response_tokens, generator=generator)
-            sides[side] += responses
+            sides[side].extend(responses)
     faults = world.label_flips, world.flips, world.fooled
     labelled = reviews.make_preferences(prompts, *sides, seed, *faults, job.max_response_tokens)
-    training = set(prompts[: world.pairs])
-    rows = [row for row in labelled if row["prompt"] in training]
+    training_prompts = set(prompts[: world.pairs])
+    rows = [row for row in labelled if row["prompt"] in training_prompts]
     if not rows:
-        raise UserError("the raters could not tell any pair of responses apart: raise --pairs or --sft-epochs")
+        raise UserError("the raters could not tell any pair of responses apart", "raise --pairs or --sft-epochs")
     return rows, labelled[len(rows) :]
 
 
 def build_reward(pipe: Pipeline, folder: Path) -> str:
+    """A reward model that learns from the preferences, or a look at the reward that was given instead."""
     c, tokenizer = pipe.config, pipe.tokenizer()
     if c.reward.source != "train":
         pipe.reward_callable(c.reward.source)(["a prompt"], ["a response"])  # fails here rather than mid-PPO
         return f"rewards come from {c.reward.source}"
     model = pipe.place(scalar_model(str(pipe.path("sft")), tokenizer.pad_token_id))
-    train_reward_model(model, tokenizer, pipe.rows("preferences", "preferences"), c.reward, pipe.job("reward", folder))
-    reward, report = pipe.model_reward(model, tokenizer), {"sd": 1.0}
+    preferences = pipe.rows("preferences", "preferences")
+    train_reward_model(model, tokenizer, preferences, c.reward, pipe.job("reward", folder))
+    reward = pipe.model_reward(model, tokenizer)
+    report = {"sd": 1.0}
     if c.reward.normalize == "yes" or (c.reward.normalize == "auto" and not pipe.world):
         report["sd"] = normalise(pipe, reward)
         pipe.log(f"reward: scores of the SFT policy's responses had a standard deviation of {report['sd']:.3g}, now 1")
     save(folder, model, tokenizer)
-    held_out, words = pipe.rows("preferences", "eval_preferences"), "trained; no held-out pairs to report on"
+    summary = "trained; no held-out pairs to report on"
+    held_out = pipe.rows("preferences", "eval_preferences")
     if held_out:
-        report |= preference_accuracy(reward, held_out, reviews.difficulty_name if pipe.world else None)
-        shares = ", ".join(f"{value:.0%} ({name})" for name, value in report.items() if name not in ("sd", "pairs"))
-        words = f"orders {len(held_out)} held-out pairs right: {shares}"
+        accuracy = preference_accuracy(reward, held_out, reviews.difficulty_name if pipe.world else None)
+        report |= accuracy
+        shares = ", ".join(f"{value:.0%} ({name})" for name, value in accuracy.items() if name != "pairs")
+        summary = f"orders {len(held_out)} held-out pairs right: {shares}"
     write_json(folder / "accuracy.json", report)
-    return words
+    return summary
 
 
 NORMALISING_PROMPTS = 256
@@ -166,13 +180,11 @@ def normalise(pipe: Pipeline, reward: ModelReward) -> float:
 
     The KL price and the clip ranges then mean the same for every reward model. No preference changes.
     """
-    prompts, policy, job = (
-        pipe.prompts("train")[:NORMALISING_PROMPTS],
-        pipe.model("sft"),
-        pipe.job("scale of the reward"),
-    )
-    rows = sample_baselines(policy, pipe.tokenizer(), reward, prompts, BaselineConfig(k=2), job)
-    sd = baseline_rewards(rows)[0].std().item()
+    prompts = pipe.prompts("train")[:NORMALISING_PROMPTS]
+    job = pipe.job("scale of the reward")
+    rows = sample_baselines(pipe.model("sft"), pipe.tokenizer(), reward, prompts, BaselineConfig(k=2), job)
+    rewards, _ = baseline_rewards(rows)
+    sd = rewards.std().item()
     if sd > 0:
         reward.model.score.weight /= sd
     return sd
@@ -182,25 +194,25 @@ def normalise(pipe: Pipeline, reward: ModelReward) -> float:
 
 
 def build_baselines(pipe: Pipeline, folder: Path) -> str:
-    c = pipe.config
-    started, prompts = time.monotonic(), pipe.prompts("train")
+    """k scored responses of the SFT policy to each prompt, and what they foretell of contrast."""
+    c, started = pipe.config, time.monotonic()
     if c.baselines.prompts == "all":
-        prompts += pipe.prompts("eval")
+        prompts = pipe.prompts("train") + pipe.prompts("eval")
     else:
-        prompts = [prompts[i] for i in prompt_order(len(prompts), c.ppo, range(offline_iterations(c)), c.run.seed)]
-    policy, reward, job = pipe.model("sft"), pipe.noisy_reward(), pipe.job("baselines", folder)
-    tokenizer = pipe.tokenizer()
-    rows = sample_baselines(policy, tokenizer, reward, prompts, c.baselines, job)
+        prompts = prompts_met(pipe, range(offline_iterations(c)))
+    policy, tokenizer = pipe.model("sft"), pipe.tokenizer()
+    job = pipe.job("baselines", folder)
+    rows = sample_baselines(policy, tokenizer, pipe.noisy_reward(), prompts, c.baselines, job)
     write_jsonl(folder / "baselines.jsonl", rows)
     (folder / "partial.jsonl").unlink()
     rewards, has_ended = baseline_rewards(rows)
     report = {"mean": rewards.mean().item(), "ended": has_ended.float().mean().item(), "k": c.baselines.k}
     report["seconds"] = time.monotonic() - started
     if c.baselines.k > 1 and len(rewards) > 1:
-        lengths = torch.tensor([[len(encode_response(tokenizer, y)) for y in row["responses"]] for row in rows])
+        lengths = [[len(encode_response(tokenizer, response)) for response in row["responses"]] for row in rows]
         report |= measured_law(rewards)
         report["ended_correlation"] = within_correlation(rewards, has_ended)
-        report["length_correlation"] = within_correlation(rewards, lengths)
+        report["length_correlation"] = within_correlation(rewards, torch.tensor(lengths))
         report["in_words"] = law_in_words(report, c.baselines.k)
     write_json(folder / "variance.json", report)
     for line in [*pipe.injected(), *report.get("in_words", ())]:
@@ -213,11 +225,20 @@ def offline_iterations(config: Config) -> int:
     return min(config.contrastive.refresh or config.ppo.iterations, config.ppo.iterations)
 
 
+def prompts_met(pipe: Pipeline, iterations: range) -> list[str]:
+    """The training prompts that PPO meets in some iterations, each once."""
+    prompts = pipe.prompts("train")
+    order = prompt_order(len(prompts), pipe.config.ppo, iterations, pipe.config.run.seed)
+    return [prompts[i] for i in order]
+
+
 def build_ppo(pipe: Pipeline, folder: Path, name: str) -> str:
     """Plain PPO, or PPO with contrastive rewards, fixed or adaptive."""
-    c, policy, tokenizer = pipe.config, pipe.model("sft"), pipe.tokenizer()
-    check_batch(c, pipe.prompts("train"))
-    ref_policy, critic = frozen_copy(policy), make_critic(pipe, c.ppo.critic, policy.config.hidden_size)
+    c, prompts = pipe.config, pipe.prompts("train")
+    check_batch(c, prompts)
+    policy, tokenizer = pipe.model("sft"), pipe.tokenizer()
+    ref_policy = frozen_copy(policy)
+    critic = make_critic(pipe, c.ppo.critic, policy.config.hidden_size)
     if c.ppo.recompute_activations:
         recompute_activations(policy)
         if critic is not None:
@@ -226,10 +247,11 @@ def build_ppo(pipe: Pipeline, folder: Path, name: str) -> str:
     contrastive = make_contrastive(pipe, METHODS[name].contrast) if METHODS[name].contrast else None
     gold = pipe.reward_callable("gold") if pipe.world else None
     job = pipe.job(name, folder)
-    metrics = train_ppo(models, pipe.noisy_reward(), pipe.prompts("train"), c.ppo, job, contrastive, gold)
+    metrics = train_ppo(models, pipe.noisy_reward(), prompts, c.ppo, job, contrastive, gold)
     save(folder, policy, tokenizer)
     shown = "gold" if pipe.world else "reward"
-    first, last = (sum(row[shown] for row in rows) / len(rows) for rows in (metrics[:5], metrics[-5:]))
+    curve = [row[shown] for row in metrics]
+    first, last = fmean(curve[:5]), fmean(curve[-5:])
     return f"{shown} {first:.2f} -> {last:.2f} at KL {metrics[-1]['kl']:.1f} nats"
 
 
@@ -242,35 +264,38 @@ def make_critic(pipe: Pipeline, kind: str, hidden_size: int) -> nn.Module | None
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         return head.to(pipe.device)
-    stage, pad_id = "reward" if kind == "reward_model" else "sft", pipe.tokenizer().pad_token_id
+    stage = "reward" if kind == "reward_model" else "sft"
+    pad_id = pipe.tokenizer().pad_token_id
     return pipe.place(scalar_model(str(pipe.path(stage)), pad_id, zero_head=kind == "zero_head"))
 
 
 def make_contrastive(pipe: Pipeline, contrast: str) -> ContrastiveReward:
-    c, baselines = pipe.config, {}
+    c, baselines, resample = pipe.config, {}, None
     if c.contrastive.source != "group":
         baselines = rewards_by_prompt(pipe.rows("baselines", "baselines"), c.ppo)
-    resample = resampler(pipe) if c.contrastive.refresh else None
+    if c.contrastive.refresh:
+        resample = resampler(pipe)
     return ContrastiveReward(baselines, c.contrastive, contrast == "adaptive", c.ppo.group_size, resample)
 
 
 def rewards_by_prompt(rows: list[dict], ppo: PPOConfig) -> dict[str, Tensor]:
     """Rows of baselines -> dict prompt -> (k,) rewards, after the penalty that the policy's responses pay, too."""
-    rewards = missing_eos(*baseline_rewards(rows), ppo.missing_eos_penalty)
+    rewards, has_ended = baseline_rewards(rows)
+    rewards = missing_eos(rewards, has_ended, ppo.missing_eos_penalty)
     return {row["prompt"]: values for row, values in zip(rows, rewards)}
 
 
 def resampler(pipe: Pipeline) -> Callable:
     """(policy, iteration) -> baselines from this policy, for the prompts that come until the next refresh."""
-    c, tokenizer, reward, prompts = pipe.config, pipe.tokenizer(), pipe.noisy_reward(), pipe.prompts("train")
+    c, tokenizer, reward = pipe.config, pipe.tokenizer(), pipe.noisy_reward()
 
     def resample(policy: nn.Module, iteration: int) -> dict[str, Tensor]:
-        coming = range(iteration, min(iteration + c.contrastive.refresh, c.ppo.iterations))
-        rows = prompt_order(len(prompts), c.ppo, coming, c.run.seed)
+        end = min(iteration + c.contrastive.refresh, c.ppo.iterations)
+        prompts = prompts_met(pipe, range(iteration, end))
         job = pipe.job("new baselines")
         job.seed = f"{c.run.seed}/{iteration}"
-        new = sample_baselines(policy, tokenizer, reward, [prompts[row] for row in rows], c.baselines, job)
-        return rewards_by_prompt(new, c.ppo)
+        rows = sample_baselines(policy, tokenizer, reward, prompts, c.baselines, job)
+        return rewards_by_prompt(rows, c.ppo)
 
     return resample
 
@@ -279,7 +304,8 @@ def resampler(pipe: Pipeline) -> Callable:
 
 
 def build_dpo(pipe: Pipeline, folder: Path) -> str:
-    policy, tokenizer, preferences = pipe.model("sft"), pipe.tokenizer(), pipe.rows("preferences", "preferences")
+    policy, tokenizer = pipe.model("sft"), pipe.tokenizer()
+    preferences = pipe.rows("preferences", "preferences")
     job = pipe.job("dpo", folder)
     rows = train_dpo(policy, frozen_copy(policy), tokenizer, preferences, pipe.config.dpo, job)
     save(folder, policy, tokenizer)
@@ -287,19 +313,21 @@ def build_dpo(pipe: Pipeline, folder: Path) -> str:
 
 
 def build_evaluation(pipe: Pipeline, folder: Path) -> str:
-    """All methods on the same held-out prompts: rows per method, a summary, report.md and the figures."""
+    """All methods on the same held-out prompts: rows per method, and a summary."""
     c, tokenizer = pipe.config, pipe.tokenizer()
     ref_policy, prompts = pipe.model("sft"), pipe.prompts("eval")
     judges = {"reward": pipe.reward_callable(c.reward.source)}
-    judge = ("gold" if pipe.world else "reward") if c.eval.judge == "auto" else c.eval.judge
+    judge = c.eval.judge
+    if judge == "auto":
+        judge = "gold" if pipe.world else "reward"
     if judge != "reward":
         judges["gold" if judge == "gold" else "judge"] = pipe.reward_callable(judge)
     results = {}
     for method in ("sft", *c.method_list()):
-        policy, job = ref_policy if method == "sft" else pipe.model(method), pipe.job(f"evaluate {method}")
-        rows = evaluate_policy(policy, ref_policy, tokenizer, prompts, judges, job, c.ppo.temperature)
-        results[method] = rows
-        write_jsonl(folder / f"{method}.jsonl", rows)
+        policy = ref_policy if method == "sft" else pipe.model(method)
+        job = pipe.job(f"evaluate {method}")
+        results[method] = evaluate_policy(policy, ref_policy, tokenizer, prompts, judges, job, c.ppo.temperature)
+        write_jsonl(folder / f"{method}.jsonl", results[method])
     summary = summarise(results, list(judges))
     write_json(folder / "summary.json", summary)
     return f"{len(results)} policies on {len(prompts)} held-out prompts"
