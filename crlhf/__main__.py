@@ -6,7 +6,7 @@ import re
 import sys
 
 from .config import UserError
-from .pipeline.options import parse
+from .pipeline.options import parse_command_line
 from .pipeline.output import prepare_outputs, printable
 
 
@@ -36,7 +36,7 @@ def run(arguments: list[str]) -> None:
 
         export(others)
     else:
-        stage, redo, config = parse(arguments)
+        stage, redo, config = parse_command_line(arguments)
         from .pipeline.pipeline import Pipeline
         from .pipeline.run import run_to
 

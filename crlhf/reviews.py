@@ -88,7 +88,7 @@ def sentence_clauses(words: list[str]) -> list[tuple[str, float]] | None:
     return None if None in clauses else clauses
 
 
-def read(text: str) -> Review:
+def read_review(text: str) -> Review:
     """Read a text sentence by sentence into a Review."""
     review, sentence = Review({}), []
     for word in text.split():
@@ -112,7 +112,7 @@ def gold(prompt: str, response: str, max_response_tokens: int = DataConfig.max_r
     max_response_tokens: EOS included. A word is a token, so a response of so many words was cut off.
     """
     n_words = len(response.split())
-    review = read(prompt + " " + response)
+    review = read_review(prompt + " " + response)
     faults = review.repeats + review.malformed + (review.unfinished or n_words >= max_response_tokens)
     return 0.5 * sum(review.tones.values()) - FAULT * faults - EMPTY * (n_words == 0)
 
@@ -130,7 +130,7 @@ def difficulty(prompt: str) -> float:
     What a response can add doesn't depend on the opening (seven or more aspects stay open, and at most
     four fit), so the best reachable gold score falls exactly linearly with difficulty.
     """
-    return 0.5 - 0.25 * sum(read(prompt).tones.values()) / MOST_OPENING
+    return 0.5 - 0.25 * sum(read_review(prompt).tones.values()) / MOST_OPENING
 
 
 def difficulty_name(prompt: str) -> str:
@@ -165,7 +165,7 @@ def write_opening(rng: random.Random) -> tuple[str, float]:
 
 def write_continuation(rng: random.Random, prompt: str, mood: float) -> str:
     """What an imperfect writer adds: mood follows the opening; sometimes repeats, garbles or breaks off."""
-    open_aspects = [aspect for aspect in ASPECTS if aspect not in read(prompt).tones]
+    open_aspects = [aspect for aspect in ASPECTS if aspect not in read_review(prompt).tones]
     rng.shuffle(open_aspects)
     sentences = []
     for _ in range(rng.randint(1, 3)):
@@ -216,7 +216,7 @@ def flip_rate(prompt: str, rate: float, flips: str) -> float:
     it is `rate` for openings about one aspect, and 0 for the others."""
     if flips == "difficulty":
         return min(0.5, 2 * rate * difficulty(prompt))
-    return rate if flips == "uniform" or TOPIC in read(prompt).tones else 0.0
+    return rate if flips == "uniform" or TOPIC in read_review(prompt).tones else 0.0
 
 
 def make_preferences(

@@ -127,7 +127,7 @@ def measure_trust(file: Path, root: Path, seed: int) -> None:
         rewards = pipe.reward_callable("train")(*texts).view(-1, RESPONSES)
         gold = reviews.gold_reward(*texts).view(-1, RESPONSES)
         r, g = (values - values.mean(1, keepdim=True) for values in (rewards, gold))
-        about = torch.tensor([reviews.TOPIC in reviews.read(prompt).tones for prompt in prompts])
+        about = torch.tensor([reviews.TOPIC in reviews.read_review(prompt).tones for prompt in prompts])
         for name, chosen in (("on the topic", about), ("off it", ~about)):
             slope = (r[chosen] * g[chosen]).sum() / g[chosen].square().sum()
             place = {"seed": seed, "setting": setting, "prompts": name}

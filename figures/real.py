@@ -18,7 +18,7 @@ from crlhf.contrastive import leave_one_out
 from crlhf.engine.files import read_json, read_jsonl, stream
 from crlhf.evaluate import Z, column, mean_interval, wilson_interval
 from crlhf.law import best_share, measured_law, variance_ratio, within_correlation
-from crlhf.pipeline.options import parse
+from crlhf.pipeline.options import parse_command_line
 from crlhf.pipeline.output import fenced
 from crlhf.pipeline.plots import STYLES, finish, plot_curve, plt, smooth
 from crlhf.pipeline.report import samples_text
@@ -280,7 +280,7 @@ def stages_of(run: Path) -> list[str]:
 
 def other_settings(run: Path) -> list[str]:
     """['reward.epochs 2', ...]: settings of a run that its command doesn't say. Folders and files may differ."""
-    _, _, config = parse(COMMANDS[run.name].split()[3:])
+    _, _, config = parse_command_line(COMMANDS[run.name].split()[3:])
     wanted, own = asdict(config), read_json(run / "config.json")
     named = [(group, name, value) for group, knobs in own.items() for name, value in knobs.items()]
     free = ("out", "device", "name", "dataset")

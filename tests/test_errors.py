@@ -19,7 +19,7 @@ from crlhf.__main__ import main
 from crlhf.config import UserError
 from crlhf.engine.models import load_model, load_tokenizer
 from crlhf.pipeline import run as pipeline_run
-from crlhf.pipeline.options import parse
+from crlhf.pipeline.options import parse_command_line
 from crlhf.pipeline.plan import make_plan
 from crlhf.pipeline.rewards import load_function_reward
 
@@ -419,7 +419,7 @@ def saved(state):
 def stopped_in_sft(out, content):
     """A run whose data is done, and whose sft was stopped and left these bytes as its checkpoint."""
     succeeds(out)
-    _, _, config = parse(["sft", *TINY, "--out", str(out)])
+    _, _, config = parse_command_line(["sft", *TINY, "--out", str(out)])
     part = out / "sft.part"
     part.mkdir()
     (part / "stage.json").write_text(json.dumps({"fingerprint": make_plan(config)["sft"].fingerprint}))

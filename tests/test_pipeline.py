@@ -21,7 +21,7 @@ from crlhf.engine import checkpoint as checkpoints
 from crlhf.engine.checkpoint import Checkpoint, Job
 from crlhf.engine.files import Progress, slices
 from crlhf.engine.models import pick_device, pick_precision
-from crlhf.pipeline.options import options, parse
+from crlhf.pipeline.options import options, parse_command_line
 from crlhf.pipeline.pipeline import Pipeline
 from crlhf.pipeline.plan import make_plan
 
@@ -403,7 +403,7 @@ def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
 
 
 def test_a_pretrained_model_gets_defaults_of_its_own_unless_the_command_line_says_otherwise():
-    tiny, other = parse([])[2], parse(["--model", "gpt2", "--sft-lr", "0.5"])[2]
+    tiny, other = parse_command_line([])[2], parse_command_line(["--model", "gpt2", "--sft-lr", "0.5"])[2]
     assert tiny == Config() and other.sft.lr == 0.5
     for group, knobs in PRETRAINED.items():
         for name, value in knobs.items():

@@ -8,7 +8,7 @@ import torch
 from crlhf.config import UserError
 from crlhf.engine.files import write_json, write_jsonl
 from crlhf.law import measured_law, variance_ratio
-from crlhf.pipeline.options import parse
+from crlhf.pipeline.options import parse_command_line
 from figures.tables import read_csv
 
 # the functions have their modules' names
@@ -141,7 +141,7 @@ def test_without_runs_one_line_says_how_to_make_them(tmp_path):
 
 @pytest.mark.parametrize("name", R.COMMANDS)
 def test_the_commands_are_commands(name):
-    stage, redo, config = parse(R.COMMANDS[name].removeprefix("python -m crlhf ").split())
+    stage, redo, config = parse_command_line(R.COMMANDS[name].removeprefix("python -m crlhf ").split())
     assert (stage, redo, config.run.out, config.model.name) == ("all", False, f"runs/{name}", "FOLDER")
 
 

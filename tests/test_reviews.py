@@ -45,7 +45,7 @@ def test_openings_are_well_formed_unique_and_varied():
     prompts = R.make_prompts(400, "t")
     assert len(set(prompts)) == 400 and not set(prompts) & set(R.make_prompts(50, "u", avoid=prompts))
     for prompt in prompts:
-        review = R.read(prompt)
+        review = R.read_review(prompt)
         assert 1 <= len(review.tones) <= 3 and not (review.repeats or review.malformed or review.unfinished)
         assert set(prompt.split()) <= set(R.WORDS)
     assert statistics.stdev(map(R.difficulty, prompts)) > 0.15
@@ -58,7 +58,7 @@ def test_writers_follow_the_mood_and_are_not_perfect():
     openings = [R.gold(row["prompt"], "the end .") + 0.5 for row in rows]
     added = [g - o for g, o in zip(golds, openings)]
     assert statistics.correlation(openings, added) > 0.2
-    faults = [R.read(row["prompt"] + " " + row["completion"]) for row in rows]
+    faults = [R.read_review(row["prompt"] + " " + row["completion"]) for row in rows]
     for name, low, high in (("malformed", 0.03, 0.15), ("unfinished", 0.02, 0.1), ("repeats", 0.05, 0.3)):
         assert low < sum(bool(getattr(review, name)) for review in faults) / len(rows) < high
     assert all(row["completion"] and len(row["completion"].split()) < R.LONGEST + 1 for row in rows)

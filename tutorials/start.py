@@ -27,7 +27,7 @@ from crlhf.engine.models import frozen_copy, scalar_model
 from crlhf.engine.text import Reward
 from crlhf.engine.training import adamw, gradient_step
 from crlhf.evaluate import mean_interval
-from crlhf.pipeline.options import parse
+from crlhf.pipeline.options import parse_command_line
 from crlhf.pipeline.pipeline import Pipeline
 from crlhf.pipeline.rewards import ModelReward
 from crlhf.pipeline.run import run_to
@@ -65,7 +65,7 @@ def tutorial_run(last="all"):
 def quiet_run(command: str) -> tuple[Pipeline, list[str]]:
     """`python -m crlhf COMMAND`, its lines kept instead of printed. -> (the finished run, the lines)"""
     said = []
-    run = Pipeline(parse(command.split())[2], log=said.append)
+    run = Pipeline(parse_command_line(command.split())[2], log=said.append)
     run_to(run, "all", redo=True)
     return run, said
 

@@ -34,7 +34,7 @@ from ..engine.models import pick_device, pick_precision, read_model_config
 from ..engine.peak import peak_bytes, start_peak
 from ..engine.text import Batch
 from ..engine.training import adamw, gradient_step
-from ..pipeline.options import parse
+from ..pipeline.options import parse_command_line
 from ..policy import next_token
 from ..ppo import MicroBatch, Models, Rollout, micro_batch_loss
 from ..reward import bradley_terry_loss
@@ -261,7 +261,7 @@ def knob_of(stage: str, config: Config) -> str:
 
 def main(arguments: list[str]) -> None:
     """Print what the stages of one run need; without options, the table of the README, on a GPU measured, too."""
-    _, _, config = parse(arguments)
+    _, _, config = parse_command_line(arguments)
     if not arguments:
         print_readme_table(stage_bytes, "computed")
         if torch.cuda.is_available():

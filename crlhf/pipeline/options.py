@@ -29,38 +29,41 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (python -m crlhf --help lists all options)")
 
 
-def parse(arguments: list[str]) -> tuple[str, bool, Config]:
+def parse_command_line(arguments: list[str]) -> tuple[str, bool, Config]:
     """Command line -> (stage, redo, Config)."""
-    usage = "python -m crlhf [STAGE] [--option VALUE ...]"
-    parser = Parser(prog="python -m crlhf", usage=usage, description=ABOUT, allow_abbrev=False)
-    parser.add_argument("stage", nargs="?", default="all", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
-    parser.add_argument("--redo", action="store_true", help="redo the stages whose settings have changed")
-    pretrained, groups = Config.for_model("pretrained"), {}
-    for name, group, knob in options(pretrained):
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        other = getattr(getattr(pretrained, group), knob.name)
-        default = (
-            f"{knob.default}; {other} with a pretrained --model"
-            if group in PRETRAINED and other != knob.default
-            else knob.default
-        )
-        add_option(groups[group], name, f"{group}.{knob.name}", knob, default)
     for argument in arguments:
         if any(0xD800 <= ord(character) < 0xE000 for character in argument):
-            raise UserError(f"the argument {argument!a} is not valid UTF-8: use other names")
-    values = vars(parser.parse_args(arguments))
+            raise UserError(f"the argument {argument!a} is not valid UTF-8", "use other names")
+    values = vars(run_parser().parse_args(arguments))
     stage, redo = values.pop("stage"), values.pop("redo")
     config = Config.for_model(values.get("model.name", ModelConfig.name))
     for name, value in values.items():
         group, knob_name = name.split(".")
         setattr(getattr(config, group), knob_name, value)
     if stage == "baselines" and config.baselines.prompts == "all":
-        leave_training_out(config, set(values))
+        leave_training_out(config, given=set(values))
     validate(config)
     if stage in METHODS and stage not in config.method_list():
         config.run.methods += f",{stage}"
     return stage, redo, config
+
+
+def run_parser() -> Parser:
+    """The parser of a run: its values are named GROUP.KNOB."""
+    usage = "python -m crlhf [STAGE] [--option VALUE ...]"
+    parser = Parser(prog="python -m crlhf", usage=usage, description=ABOUT, allow_abbrev=False)
+    parser.add_argument("stage", nargs="?", default="all", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
+    parser.add_argument("--redo", action="store_true", help="redo the stages whose settings have changed")
+    pretrained, titled = Config.for_model("pretrained"), {}
+    for name, group, knob in options(pretrained):
+        if group not in titled:
+            titled[group] = parser.add_argument_group(group)
+        default = knob.default
+        other = getattr(getattr(pretrained, group), knob.name)
+        if group in PRETRAINED and other != default:
+            default = f"{default}; {other} with a pretrained --model"
+        add_option(titled[group], name, f"{group}.{knob.name}", knob, default)
+    return parser
 
 
 def add_option(
@@ -109,67 +112,73 @@ def read_bool(text: str) -> bool:
 def options(config: Config) -> Iterator[tuple[str, str, dataclasses.Field]]:
     """Yield (option name, group name, dataclass field) for every knob, in the order of the file."""
     for group in dataclasses.fields(config):
-        for knob_field in dataclasses.fields(getattr(config, group.name)):
-            name = knob_field.name if group.name in UNPREFIXED else f"{group.name}-{knob_field.name}"
-            name = name.replace("_", "-")
-            yield SHORT_NAMES.get(name, name), group.name, knob_field
+        for knob in dataclasses.fields(getattr(config, group.name)):
+            name = option_name(knob)
+            if group.name not in UNPREFIXED:
+                name = f"{group.name}-{name}"
+            yield SHORT_NAMES.get(name, name), group.name, knob
 
 
 def validate(config: Config) -> None:
     """Raise UserError for a value outside its range, or for values that contradict each other."""
-    for name, group, knob_field in options(config):
-        check_value(name, getattr(getattr(config, group), knob_field.name), knob_field.metadata)
-    for contradiction in contradictions(config):
-        raise UserError(contradiction)
+    for name, group, knob in options(config):
+        check_value(name, getattr(getattr(config, group), knob.name), knob.metadata)
+    for problem, mend in contradictions(config):
+        raise UserError(problem, mend)
 
 
 def check_value(name: str, value: object, allowed: dict) -> None:
+    """allowed: the metadata of a knob, see config.py."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"--{name} is {value}: give a finite number")
+        raise UserError(f"--{name} is {value}", "give a finite number")
     if allowed["choices"] and value not in allowed["choices"]:
-        raise UserError(f"--{name} is '{value}': choose one of {', '.join(allowed['choices'])}")
+        raise UserError(f"--{name} is '{value}'", f"choose one of {', '.join(allowed['choices'])}")
     low, high = allowed["low"], allowed["high"]
-    if (low is not None and value < low) or (high is not None and value > high):
-        bounds = f"from {low} to {high}" if low is not None and high is not None else f"of at least {low}"
-        raise UserError(f"--{name} is {value}: use a value {bounds}")
+    if low is not None and not low <= value <= high:
+        raise UserError(f"--{name} is {value}", f"use a value from {low} to {high}")
 
 
-def contradictions(config: Config) -> Iterator[str]:
-    """What can't be combined, in words that say how to mend it."""
-    if config.data.eval_dataset and config.data.dataset == "reviews":
-        yield "--eval-dataset needs a --dataset of its kind: the embedded world makes its own held-out prompts"
-    ppo, batch = config.ppo, f"--ppo-batch-size {config.ppo.batch_size}"
+def contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """What can't be combined, and how to mend it."""
+    ppo, contrastive, world = config.ppo, config.contrastive, config.world
+    batch = f"--ppo-batch-size {ppo.batch_size}"
+    is_world = config.data.dataset == "reviews"
+    if config.data.eval_dataset and is_world:
+        yield "--eval-dataset needs a --dataset of its kind", "the embedded world makes its own held-out prompts"
     if ppo.batch_size % ppo.minibatches:
         multiple = max(1, ppo.batch_size // ppo.minibatches) * ppo.minibatches
-        yield f"{batch} is not divisible by --ppo-minibatches {ppo.minibatches}: use a multiple, such as {multiple}"
+        mend = f"use a multiple, such as {multiple}"
+        yield f"{batch} is not divisible by --ppo-minibatches {ppo.minibatches}", mend
     if ppo.batch_size % ppo.group_size:
-        yield f"--ppo-group-size {ppo.group_size} doesn't divide {batch}: use a divisor of it"
-    if config.contrastive.source == "group" and ppo.group_size == 1:
-        yield "--contrastive-source group compares responses to one prompt with each other: add --ppo-group-size 4"
-    if config.contrastive.source == "group" and config.contrastive.refresh:
-        what = "--contrastive-refresh samples offline baselines again, and --contrastive-source group has none"
-        yield f"{what}: leave one of them out"
-    if config.contrastive.source == "running" and config.contrastive.refresh:
-        yield "--contrastive-source running keeps its baselines up to date by itself: leave --contrastive-refresh out"
-    if config.ppo.critic_warmup >= config.ppo.iterations:
-        what = f"--ppo-critic-warmup {config.ppo.critic_warmup} leaves the policy none of"
-        yield f"{what} --ppo-iterations {config.ppo.iterations}: lower it"
-    few = config.world.train_prompts < ppo.batch_size // ppo.group_size
-    if config.data.dataset == "reviews" and few and config.baselines.prompts == "met":
-        what = f"--train-prompts {config.world.train_prompts} is less than {batch}"
-        yield f"{what}: lower the batch size or raise the number of prompts"
+        yield f"--ppo-group-size {ppo.group_size} doesn't divide {batch}", "use a divisor of it"
+    if contrastive.source == "group" and ppo.group_size == 1:
+        problem = "--contrastive-source group compares responses to one prompt with each other"
+        yield problem, "add --ppo-group-size 4"
+    if contrastive.source == "group" and contrastive.refresh:
+        problem = "--contrastive-refresh samples offline baselines again, and --contrastive-source group has none"
+        yield problem, "leave one of them out"
+    if contrastive.source == "running" and contrastive.refresh:
+        problem = "--contrastive-source running keeps its baselines up to date by itself"
+        yield problem, "leave --contrastive-refresh out"
+    if ppo.critic_warmup >= ppo.iterations:
+        warmup = f"--ppo-critic-warmup {ppo.critic_warmup}"
+        yield f"{warmup} leaves the policy none of --ppo-iterations {ppo.iterations}", "lower it"
+    few = world.train_prompts < ppo.batch_size // ppo.group_size
+    if few and is_world and config.baselines.prompts == "met":
+        mend = "lower the batch size or raise the number of prompts"
+        yield f"--train-prompts {world.train_prompts} is less than {batch}", mend
     if config.model.width % config.model.heads:
-        what = f"--model-width {config.model.width} is not divisible by --model-heads {config.model.heads}"
-        yield f"{what}: change one of them"
+        width = f"--model-width {config.model.width}"
+        yield f"{width} is not divisible by --model-heads {config.model.heads}", "change one of them"
     if not config.method_list() or set(config.method_list()) - set(METHODS):
-        yield f"--methods '{config.run.methods}' names no known method: choose from {', '.join(METHODS)}"
+        yield f"--methods '{config.run.methods}' names no known method", f"choose from {', '.join(METHODS)}"
     for option, value in (("--reward", config.reward.source), ("--judge", config.eval.judge)):
-        if value == "gold" and config.data.dataset != "reviews":
-            world = f"--dataset reviews has a known gold score, {config.data.dataset} has none"
-            yield f"{option} gold needs the embedded world: {world}"
+        if value == "gold" and not is_world:
+            mend = f"--dataset reviews has a known gold score, {config.data.dataset} has none"
+            yield f"{option} gold needs the embedded world", mend
     if ppo.critic == "reward_model" and config.reward.source != "train":
-        what = f"--ppo-critic reward_model needs a trained reward model, but --reward is {config.reward.source}"
-        yield f"{what}: add --ppo-critic zero_head"
+        problem = f"--ppo-critic reward_model needs a trained reward model, but --reward is {config.reward.source}"
+        yield problem, "add --ppo-critic zero_head"
 
 
 def from_dict(values: dict) -> Config:

@@ -22,23 +22,29 @@ class Pipeline:
     """One run: `run.py` turns its config into its folder, stage by stage; `log` receives a line for each."""
 
     def __init__(self, config: Config, log: Callable[[str], None] = show) -> None:
-        self.config, self.log, self.folder, self.tiny = config, log, Path(config.run.out), config.model.name == "tiny"
-        self.device, self.world = pick_device(config.run.device, self.tiny), config.data.dataset == "reviews"
+        self.config = config
+        self.log = log
+        self.folder = Path(config.run.out)
+        self.tiny = config.model.name == "tiny"
+        self.world = config.data.dataset == "reviews"
+        self.device = pick_device(config.run.device, self.tiny)
         self.precision = pick_precision(config.run.precision, self.device)
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
 
+    # What earlier stages left.
+
     def path(self, stage: str) -> Path:
         return self.folder / stage
-
-    def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(str(self.path("data") / "tokenizer"))
 
     def rows(self, stage: str, file: str) -> list[dict]:
         return read_jsonl(self.path(stage) / f"{file}.jsonl")
 
     def prompts(self, which: str) -> list[str]:
         return [row["prompt"] for row in self.rows("data", f"{which}_prompts")]
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(str(self.path("data") / "tokenizer"))
 
     def model(self, stage: str) -> Model:
         return self.place(load_model(str(self.path(stage))))
@@ -47,11 +53,20 @@ class Pipeline:
         """The model on this run's device, computing in its precision."""
         return compute_in(model.to(self.device), self.precision)
 
+    # What a stage is given.
+
     def job(self, name: str, folder: Path | None = None) -> Job:
         """What every training or sampling function is told."""
-        run, lengths = self.config.run, self.config.data.max_response_tokens
-        sizes = run.sampling_batch_size, run.micro_batch_size
-        return Job(name, folder, run.seed, lengths, run.checkpoint_seconds, *sizes)
+        run = self.config.run
+        return Job(
+            name,
+            folder,
+            run.seed,
+            self.config.data.max_response_tokens,
+            run.checkpoint_seconds,
+            run.sampling_batch_size,
+            run.micro_batch_size,
+        )
 
     def reward_callable(self, spec: str) -> Reward:
         """'train', 'gold', FILE.py:FUNCTION or a classifier, as a reward callable."""
@@ -64,18 +79,19 @@ class Pipeline:
         return self.model_reward(model, load_tokenizer(name), self.config.reward.label)
 
     def model_reward(self, model: Model, tokenizer: Tokenizer, label: str = "") -> ModelReward:
-        run, lengths = self.config.run, self.config.data.max_response_tokens
-        return ModelReward(model, tokenizer, lengths, label, run.sampling_batch_size)
+        data, run = self.config.data, self.config.run
+        return ModelReward(model, tokenizer, data.max_response_tokens, label, run.sampling_batch_size)
 
     def noisy_reward(self) -> Reward:
         """The reward PPO and the baselines see: with the rater's faults in the embedded world."""
-        reward, world = self.reward_callable(self.config.reward.source), self.config.world
+        reward = self.reward_callable(self.config.reward.source)
         if not self.world:
             return reward
-        faults = world.prompt_bias, world.score_noise, self.config.run.seed, world.bias_from
-        return reviews.NoisyReward(reward, *faults)
+        world = self.config.world
+        return reviews.NoisyReward(reward, world.prompt_bias, world.score_noise, self.config.run.seed, world.bias_from)
 
     def injected(self) -> list[str]:
         """A line for the log and the report if a constant is added to the rewards that PPO sees."""
-        learns_from_rewards = self.world and set(self.config.method_list()) != {"dpo"}
-        return reviews.injected_in_words(self.config.world.prompt_bias) if learns_from_rewards else []
+        if not self.world or set(self.config.method_list()) == {"dpo"}:
+            return []
+        return reviews.injected_in_words(self.config.world.prompt_bias)

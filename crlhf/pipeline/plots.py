@@ -15,15 +15,14 @@ from ..evaluate import mean_interval
 from ..reviews import difficulty_name
 
 # Okabe and Ito's palette: distinct to colour-blind readers, and in grey by line style.
+ERROR_BARS = {"elinewidth": 1}
 STYLES = {"sft": Method("SFT", "#777777", ":"), **METHODS}
 
 
 def smooth(values: list[float], window: int = 5) -> np.ndarray:
     """Running mean over the last `window` values."""
-    values = np.asarray(values, dtype=float)
-    sums = np.cumsum(np.insert(values, 0, 0.0))
-    starts = np.maximum(np.arange(len(values)) - window + 1, 0)
-    return (sums[1:] - sums[starts]) / (np.arange(len(values)) + 1 - starts)
+    ends = range(1, len(values) + 1)
+    return np.array([np.mean(values[max(0, end - window) : end]) for end in ends])
 
 
 def finish(figure: plt.Figure, path: Path) -> str:
@@ -53,11 +52,13 @@ def learning_curves(metrics: dict[str, list[dict]], path: Path) -> str:
     else:
         panels.insert(2, ("response_length", "Length of responses", "tokens"))
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.4))
-    for axis, (key, title, ylabel) in zip(axes.flat, panels):
+    for axis, (key, title, unit) in zip(axes.flat, panels):
         for method, rows in metrics.items():
             plot_curve(axis, method, smooth([row[key] for row in rows]))
-        axis.set(title=title, xlabel="iteration", ylabel=ylabel)
-    axes[1, 1].set_ylim(bottom=max(-1.0, axes[1, 1].get_ylim()[0]))
+        axis.set(title=title, xlabel="iteration", ylabel=unit)
+    critics = axes[1, 1]
+    lowest, _ = critics.get_ylim()
+    critics.set_ylim(bottom=max(-1.0, lowest))
     axes[0, 0].legend()
     return finish(figure, path)
 
@@ -66,10 +67,11 @@ def variance_curves(metrics: dict[str, list[dict]], path: Path) -> str:
     """Variance of the reward over a batch, raw and as the method uses it, and the coefficient."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
     for method, rows in metrics.items():
-        key = "contrastive_variance" if METHODS[method].contrast else "reward_variance"
-        plot_curve(left, method, smooth([row[key] for row in rows]))
+        key = "reward_variance"
         if METHODS[method].contrast:
+            key = "contrastive_variance"
             plot_curve(right, method, [row["coefficient"] for row in rows])
+        plot_curve(left, method, smooth([row[key] for row in rows]))
     left.set(title="Variance of the reward PPO uses", xlabel="iteration", ylabel="variance over a batch")
     left.set_ylim(bottom=0)
     right.set(title="Share of the baseline that is subtracted", xlabel="iteration", ylabel="coefficient c")
@@ -84,14 +86,14 @@ def gold_by_difficulty(results: dict[str, list[dict]], path: Path) -> str:
     figure, axis = plt.subplots(figsize=(7, 3.8))
     width = 0.8 / len(results)
     for number, (method, rows) in enumerate(results.items()):
-        bars = []
-        for place, name in enumerate(names):
-            group = [row["gold"] for row in rows if difficulty_name(row["prompt"]) == name]
-            if group:
-                bars.append((place + (number - (len(results) - 1) / 2) * width, *mean_interval(group)))
-        x, means, halves = zip(*bars)
-        style = STYLES[method]
-        axis.bar(x, means, width * 0.92, yerr=halves, color=style.color, label=style.title, error_kw={"elinewidth": 1})
+        shift = (number - (len(results) - 1) / 2) * width
+        style, title = STYLES[method], STYLES[method].title
+        for x, name in enumerate(names):
+            scores = [row["gold"] for row in rows if difficulty_name(row["prompt"]) == name]
+            if scores:
+                mean, half = mean_interval(scores)
+                axis.bar(x + shift, mean, width * 0.92, yerr=half, color=style.color, label=title, error_kw=ERROR_BARS)
+                title = None  # one line in the legend a method
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set_xticks(range(3), [f"{name} openings" for name in names])
     axis.set(title="True reward by difficulty of the prompt", ylabel="gold score")

@@ -8,6 +8,7 @@ from ..evaluate import column, compare, mean_interval
 from . import plots
 from .output import fenced, one_line, printable
 from .plots import STYLES
+from .tables import markdown_table
 
 SAMPLES = 3  # prompts whose responses are shown
 
@@ -17,13 +18,14 @@ def summarise(results: dict[str, list[dict]], judges: list[str]) -> dict:
 
     results: method -> rows of `evaluate_policy`, all on the same prompts. Also holds the table as text.
     """
-    summary = {"judge": judges[-1], "methods": {}}
+    judge = judges[-1]
+    summary = {"judge": judge, "methods": {}}
     for method, rows in results.items():
         entry = {name: mean_interval(column(rows, name)) for name in (*judges, "kl")}
         entry["ended"] = column(rows, "ended").mean().item()
         for other in ("sft", "ppo"):
             if other in results and method not in ("sft", other):
-                entry[f"against_{other}"] = compare(column(rows, judges[-1]), column(results[other], judges[-1]))
+                entry[f"against_{other}"] = compare(column(rows, judge), column(results[other], judge))
         summary["methods"][method] = entry
     summary["table"] = summary_table(summary, judges, len(results["sft"]))
     return summary
@@ -31,47 +33,45 @@ def summarise(results: dict[str, list[dict]], judges: list[str]) -> dict:
 
 def summary_table(summary: dict, judges: list[str], n: int) -> str:
     """A Markdown table that also reads well in a terminal."""
-    versus = [f"vs {other}: win / tie / loss" for other in ("SFT", "plain PPO")]
-    lines = [["method", *judges, "KL (nats)", "ended", *versus, "minus plain PPO"]]
+    header = ["method", *judges, "KL (nats)", "ended"]
+    header += ["vs SFT: win / tie / loss", "vs plain PPO: win / tie / loss", "minus plain PPO"]
+    lines = []
     for method, entry in summary["methods"].items():
-        plain = entry.get("against_ppo")
-        cells = [
-            STYLES[method].title,
-            *(with_interval(entry[name]) for name in (*judges, "kl")),
-            f"{entry['ended']:.0%}",
-        ]
-        cells += [shares(entry.get("against_sft")), shares(plain)]
-        lines.append([*cells, with_interval(plain["difference"], "+") if plain else ""])
-    widths = [max(map(len, cells)) for cells in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in padded)
+        against_sft, against_ppo = entry.get("against_sft"), entry.get("against_ppo")
+        cells = [STYLES[method].title]
+        cells += [with_interval(entry[name]) for name in (*judges, "kl")]
+        cells += [f"{entry['ended']:.0%}", win_tie_loss(against_sft), win_tie_loss(against_ppo)]
+        cells.append(with_interval(against_ppo["difference"], "+") if against_ppo else "")
+        lines.append(cells)
     return (
-        f"{body}\n\n{n} held-out prompts, one response each. ± and [ ] are 95% intervals over prompts, for this one "
-        f"training seed. {summary['judge']} decides wins."
+        f"{markdown_table(header, lines, aligned=True)}\n\n{n} held-out prompts, one response each. ± and [ ] are "
+        f"95% intervals over prompts, for this one training seed. {summary['judge']} decides wins."
     )
 
 
-def shares(comparison: dict | None) -> str:
+def win_tie_loss(comparison: dict | None) -> str:
     """'55% [49, 61] / 27% / 18%': wins with their Wilson interval, ties, losses."""
     if comparison is None:
         return ""
-    low, high = (100 * bound for bound in comparison["win_interval"])
-    return f"{comparison['win']:.0%} [{low:.0f}, {high:.0f}] / {comparison['tie']:.0%} / {comparison['loss']:.0%}"
+    low, high = comparison["win_interval"]
+    wins = f"{comparison['win']:.0%} [{100 * low:.0f}, {100 * high:.0f}]"
+    return f"{wins} / {comparison['tie']:.0%} / {comparison['loss']:.0%}"
 
 
 def with_interval(mean_and_half: tuple[float, float], sign: str = "") -> str:
     """'0.16 ± 0.07', with more decimals where the interval is so small that two would hide it."""
     mean, half = mean_and_half
-    decimals = 2 if not half > 0 else min(max(2, 1 - math.floor(math.log10(half))), 8)
+    decimals = 2
+    if half > 0:
+        decimals = min(max(2, 1 - math.floor(math.log10(half))), 8)
     return f"{mean:{sign}.{decimals}f} ± {half:.{decimals}f}"
 
 
 def samples_text(results: dict[str, list[dict]], judge: str) -> str:
     """The same first prompts, answered by every method."""
     lines = []
-    for i in range(min(SAMPLES, len(results["sft"]))):
-        lines += ["", f"prompt: {one_line(results['sft'][i]['prompt'])}"]
+    for i, row in enumerate(results["sft"][:SAMPLES]):
+        lines += ["", f"prompt: {one_line(row['prompt'])}"]
         for method, rows in results.items():
             response = one_line(rows[i]["response"]) or "(nothing)"
             lines.append(f"  {STYLES[method].title:<26} {rows[i][judge]:+.2f}  {response}")
@@ -86,7 +86,7 @@ def write_report(
     metrics: method -> rows, for PPO's methods. law: lines about what the baselines foretell of contrast.
     """
     samples = samples_text(results, summary["judge"])
-    figures = Path(folder) / "figures"
+    figures = folder / "figures"
     figures.mkdir(exist_ok=True)
     names = []
     if metrics:
@@ -94,11 +94,13 @@ def write_report(
         names.append(plots.variance_curves(metrics, figures / "variance.png"))
     if "gold" in results["sft"][0]:
         names.append(plots.gold_by_difficulty(results, figures / "difficulty.png"))
-    foretold = "".join(f"\n- {line}" for line in law)
-    foretold = f"\n## The reward, and what the baselines foretell\n{foretold}\n" if law else ""
     pictures = "\n\n".join(f"![{name}](figures/{name}.png)" for name in names)
+    foretold = ""
+    if law:
+        lines = "".join(f"\n- {line}" for line in law)
+        foretold = f"\n## The reward, and what the baselines foretell\n{lines}\n"
     write_atomic(
-        Path(folder) / "report.md",
+        folder / "report.md",
         f"""# {printable(folder.name)}
 
 {summary["table"]}

@@ -36,33 +36,47 @@ class ModelReward:
         label: str = "",
         batch_size: int = RunConfig.sampling_batch_size,
     ) -> None:
-        self.model, self.tokenizer, self.max_response_tokens = model, tokenizer, max_response_tokens
-        self.batch_size, self.label = batch_size, 0
-        labels = model.config.id2label
-        if len(labels) > 1:
-            names = {str(name).lower(): number for number, name in labels.items()}
-            names |= {str(number): number for number in labels}
-            if label.lower() not in names:
-                what = f"--reward-label '{label}' is no label of the classifier '{model.name_or_path}'"
-                raise UserError(f"{what}: choose one of {', '.join(map(str, labels.values()))}")
-            self.label = names[label.lower()]
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_response_tokens = max_response_tokens
+        self.label = label_number(model, label)
+        self.batch_size = batch_size
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
-        texts, pieces = list(zip(prompts, responses, strict=True)), []
-        order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))  # like lengths: less padding
+        lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)  # like lengths together: less padding
+        logits = []
         for first in range(0, len(order), self.batch_size):
-            some = zip(*(texts[i] for i in order[first : first + self.batch_size]))
-            pieces.append(score_texts(self.model, self.tokenizer, *some, self.max_response_tokens).cpu())
-        logits = torch.cat(pieces)[torch.tensor(order).argsort()]
-        rewards = logits[:, 0]
-        if logits.shape[1] > 1:
-            log_probs = logits.log_softmax(-1)
-            others = torch.cat([log_probs[:, : self.label], log_probs[:, self.label + 1 :]], 1)
-            rewards = log_probs[:, self.label] - others.logsumexp(-1)
+            rows = order[first : first + self.batch_size]
+            texts = [prompts[i] for i in rows], [responses[i] for i in rows]
+            logits.append(score_texts(self.model, self.tokenizer, *texts, self.max_response_tokens).cpu())
+        rewards = log_odds(torch.cat(logits), self.label)[torch.tensor(order).argsort()]
         mend = "train it again at a lower --reward-lr, or choose another"
         require_numbers(rewards, responses, f"reward model '{self.model.name_or_path}'", mend)
         return rewards
+
+
+def label_number(model: Model, label: str) -> int:
+    """The number of a classifier's label, from its name or number; 0 if it has but one."""
+    labels = model.config.id2label
+    if len(labels) == 1:
+        return 0
+    numbers = {str(name).lower(): number for number, name in labels.items()}
+    numbers |= {str(number): number for number in labels}
+    if label.lower() in numbers:
+        return numbers[label.lower()]
+    problem = f"--reward-label '{label}' is no label of the classifier '{model.name_or_path}'"
+    raise UserError(problem, f"choose one of {', '.join(map(str, labels.values()))}")
+
+
+def log_odds(logits: Tensor, label: int) -> Tensor:
+    """log p / (1 - p) of one of the labels, or the logit itself where there is but one: (B, labels) -> (B,)."""
+    if logits.shape[1] == 1:
+        return logits[:, 0]
+    log_probs = logits.log_softmax(-1)
+    others = torch.cat([log_probs[:, :label], log_probs[:, label + 1 :]], 1)
+    return log_probs[:, label] - others.logsumexp(-1)
 
 
 LARGEST = 1e6  # size of a reward; squares of larger ones lose their meaning in fp32
@@ -73,14 +87,14 @@ def require_numbers(rewards: Tensor, responses: list[str], who: str, mend: str) 
     usable = rewards.abs() <= LARGEST
     if not usable.all():
         row = int((~usable).nonzero()[0])
-        raise UserError(f"{who} returned {rewards[row]:g} for the response {responses[row][:60]!r}: {mend}")
+        raise UserError(f"{who} returned {rewards[row]:g} for the response {responses[row][:60]!r}", mend)
 
 
 def load_function_reward(spec: str) -> Reward:
     """A reward callable from FILE.py:FUNCTION. What it returns is checked on every call."""
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
-        raise UserError(f"reward '{spec}': there is no file '{path}'; give FILE.py:FUNCTION")
+        raise UserError(f"reward '{spec}'", f"there is no file '{path}'; give FILE.py:FUNCTION")
     module_spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses in the file look their module up
@@ -88,7 +102,7 @@ def load_function_reward(spec: str) -> Reward:
         module_spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
-        raise UserError(f"reward '{spec}': {path} has no function '{name}'")
+        raise UserError(f"reward '{spec}'", f"{path} has no function '{name}'")
     return checked(function, spec)
 
 
@@ -103,13 +117,13 @@ def checked(reward: Callable, name: str) -> Reward:
                 returned.close()
                 raise TypeError("it is async, and was not awaited")
             rewards = torch.as_tensor(returned)
-            rewards = rewards.to_dense() if rewards.is_sparse else rewards
+            if rewards.is_sparse:
+                rewards = rewards.to_dense()
             rewards = rewards.detach().to("cpu", torch.float32).clone()
         if rewards.shape != (len(prompts),):
-            what = f"returned shape {tuple(rewards.shape)} for {len(prompts)} responses"
-            raise UserError(f"reward '{name}' {what}: {mend}")
-        mend = f"return a finite number, at most {LARGEST:g} in size"
-        require_numbers(rewards, responses, f"reward '{name}'", mend)
+            problem = f"reward '{name}' returned shape {tuple(rewards.shape)} for {len(prompts)} responses"
+            raise UserError(problem, mend)
+        require_numbers(rewards, responses, f"reward '{name}'", f"return a finite number, at most {LARGEST:g} in size")
         return rewards
 
     return checked_reward
@@ -129,26 +143,27 @@ class Shield(io.TextIOBase):
 
 
 @contextmanager
-def guarded(what: str, path: str, mend: str) -> Iterator[None]:
+def guarded(problem: str, path: str, mend: str) -> Iterator[None]:
     """Run a user's code: whatever it raises, sys.exit() included, is theirs to mend; what it changes is put back."""
-    folder, random_state = os.getcwd(), (random.getstate(), numpy.random.get_state(), torch.get_rng_state())
-    settings = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    folder = os.getcwd()
+    python_state, numpy_state, torch_state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    gradients, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
     try:
         with redirect_stdout(Shield(sys.stdout)), redirect_stderr(Shield(sys.stderr)):
             yield
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise UserError(f"{what} {described(error, path)}: {mend}") from None
+        raise UserError(f"{problem} {described(error, path)}", mend) from None
     finally:
         os.chdir(folder)
-        random.setstate(random_state[0])
-        numpy.random.set_state(random_state[1])
-        torch.set_rng_state(random_state[2])
-        torch.set_grad_enabled(settings[0])
-        torch.set_default_dtype(settings[1])
-        if torch.get_num_threads() != settings[2]:
-            torch.set_num_threads(settings[2])
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 def described(error: BaseException, path: str) -> str:
@@ -157,6 +172,7 @@ def described(error: BaseException, path: str) -> str:
         text = f"{type(error).__name__}: {error}"[:300]
     except BaseException:  # an error whose text raises another
         text = type(error).__name__
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if Path(frame.filename).name == Path(path).name]
-    return text + (f" (line {lines[-1]})" if lines else "")
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if Path(frame.filename).name == Path(path).name:
+            return f"{text} (line {frame.lineno})"
+    return text
