@@ -9,14 +9,30 @@ from .config import UserError
 from .pipeline.options import parse_command_line
 from .pipeline.output import prepare_outputs, printable
 
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.ENOENT,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+)
+
 
 def run(arguments: list[str]) -> None:
     """Do what the command line asks for. Torch takes seconds to import, so that comes after parsing."""
     try:
         os.getcwd()
     except FileNotFoundError:
-        raise UserError("the folder that you are in was deleted: change into another one") from None
-    command, others = (arguments or ["all"])[0], arguments[1:]
+        raise UserError("the folder that you are in was deleted", "change into another one") from None
+    command = arguments[0] if arguments else "all"
+    others = arguments[1:]
     if command == "experiment":
         raise UserError("experiments lie beside their figures now", "python -m figures NAME, or all")
     if command == "benchmark":
@@ -50,14 +66,12 @@ def disk_trouble(error: Exception) -> str | None:
     """
     quoted = re.search(r"\(os error (\d+)\)", str(error))
     number = int(quoted[1]) if quoted else getattr(error, "errno", None)
-    names = ["ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST", "ELOOP", "ENOENT", "EIO"]
-    names += ["ENAMETOOLONG"]
-    if number not in [getattr(errno, name) for name in names]:
+    if number not in DISK_ERRORS:
         return None
-    where = str(getattr(error, "filename", None) or "into the --out folder")
+    target = str(getattr(error, "filename", None) or "into the --out folder")
     if number == errno.ENAMETOOLONG:
-        return f"the name '{where[:60]}...' is too long for this disk: choose a shorter one"
-    return f"can't write {where}: {os.strerror(number)}; mend that, or choose another --out, and run the command again"
+        return f"the name '{target[:60]}...' is too long for this disk: choose a shorter one"
+    return f"can't write {target}: {os.strerror(number)}; mend that, or choose another --out, and run the command again"
 
 
 def main(arguments: list[str] | None = None) -> int:

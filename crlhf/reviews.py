@@ -79,18 +79,18 @@ def clause_tone(words: list[str]) -> tuple[str, float] | None:
 
 def sentence_clauses(words: list[str]) -> list[tuple[str, float]] | None:
     """[(aspect, tone), ...] of a sentence: one clause, or two joined by and/but. None if malformed."""
-    for place, word in enumerate(words):
+    clauses = [clause_tone(words)]
+    for i, word in enumerate(words):
         if word in JOINS:
-            clauses = [clause_tone(words[:place]), clause_tone(words[place + 1 :])]
+            clauses = [clause_tone(words[:i]), clause_tone(words[i + 1 :])]
             break
-    else:
-        clauses = [clause_tone(words)]
     return None if None in clauses else clauses
 
 
 def read_review(text: str) -> Review:
     """Read a text sentence by sentence into a Review."""
-    review, sentence = Review({}), []
+    review = Review({})
+    sentence = []
     for word in text.split():
         if word != ".":
             sentence.append(word)
@@ -134,9 +134,10 @@ def difficulty(prompt: str) -> float:
 
 
 def difficulty_name(prompt: str) -> str:
-    if difficulty(prompt) < 0.45:
+    value = difficulty(prompt)
+    if value < 0.45:
         return "easy"
-    return "medium" if difficulty(prompt) <= 0.55 else "hard"
+    return "medium" if value <= 0.55 else "hard"
 
 
 # ------------------------------------------------------------------------------- openings and the writers
@@ -170,9 +171,10 @@ def write_continuation(rng: random.Random, prompt: str, mood: float) -> str:
     sentences = []
     for _ in range(rng.randint(1, 3)):
         count = 2 if rng.random() < 0.2 else 1
-        aspects = [
-            rng.choice(ASPECTS) if rng.random() < 0.1 else open_aspects.pop() for _ in range(count) if open_aspects
-        ]
+        aspects = []
+        while open_aspects and len(aspects) < count:
+            repeats = rng.random() < 0.1
+            aspects.append(rng.choice(ASPECTS) if repeats else open_aspects.pop())
         if aspects:
             sentences.append(write_sentence(rng, aspects, mood))
     words = " ".join(sentences).split()
@@ -185,7 +187,9 @@ def write_continuation(rng: random.Random, prompt: str, mood: float) -> str:
 
 def make_prompts(n: int, seed: int | str, avoid: Iterable[str] = ()) -> list[str]:
     """n different openings, none of them in `avoid`."""
-    rng, seen, prompts = random.Random(f"prompts-{seed}"), set(avoid), []
+    rng = random.Random(f"prompts-{seed}")
+    seen = set(avoid)
+    prompts = []
     while len(prompts) < n:
         prompt, _ = write_opening(rng)
         if prompt not in seen:
@@ -196,7 +200,8 @@ def make_prompts(n: int, seed: int | str, avoid: Iterable[str] = ()) -> list[str
 
 def make_demonstrations(n: int, seed: int | str) -> list[dict]:
     """n rows {prompt, completion} by the imperfect writers."""
-    rng, rows = random.Random(f"demonstrations-{seed}"), []
+    rng = random.Random(f"demonstrations-{seed}")
+    rows = []
     with Progress(n, "demonstrations") as bar:
         for _ in range(n):
             prompt, mood = write_opening(rng)
@@ -235,7 +240,8 @@ def make_preferences(
         whatever else it says. It makes a reward model with a hole that a policy can find.
     Returns rows {prompt, chosen, rejected, flipped, gold_chosen, gold_rejected}.
     """
-    rng, rows = random.Random(f"preferences-{seed}"), []
+    rng = random.Random(f"preferences-{seed}")
+    rows = []
     for prompt, a, b in zip(prompts, responses_a, responses_b, strict=True):
         flipped = rng.random() < flip_rate(prompt, rate, flips)
         scores = {response: gold(prompt, response, max_response_tokens) for response in (a, b)}
@@ -280,9 +286,10 @@ def offset(prompt: str, follows: str, seed: int) -> float:
 
 def injected_in_words(prompt_bias: float) -> list[str]:
     """What was added to the rewards, beside what reward models disagree on by themselves."""
+    if not prompt_bias:
+        return []
     times = f"{prompt_bias / NATURAL_OFFSET:.2g} times what separately trained reward models differ by"
-    line = f"a constant of sd {prompt_bias:g} was added to all rewards of a prompt, {times} (--prompt-bias 0: none)"
-    return [line] if prompt_bias else []
+    return [f"a constant of sd {prompt_bias:g} was added to all rewards of a prompt, {times} (--prompt-bias 0: none)"]
 
 
 class NoisyReward:
@@ -302,9 +309,14 @@ class NoisyReward:
         seed: int = 0,
         bias_from: str = WorldConfig.bias_from,
     ) -> None:
-        self.reward, self.prompt_bias, self.score_noise, self.seed = reward, prompt_bias, score_noise, seed
-        self.bias_from, self.mean, self.sd = bias_from, 0.0, 1.0
-        if bias_from != "nothing":  # whose offsets have a standard normal distribution by themselves
+        self.reward = reward
+        self.prompt_bias = prompt_bias
+        self.score_noise = score_noise
+        self.seed = seed
+        self.bias_from = bias_from
+        self.mean = 0.0  # of the offsets over prompts, and their standard deviation
+        self.sd = 1.0
+        if bias_from != "nothing":  # those of 'nothing' have a standard normal distribution by themselves
             prompts = make_prompts(WorldConfig.train_prompts, f"{seed}-offsets")
             offsets = [offset(prompt, bias_from, seed) for prompt in prompts]
             self.mean, self.sd = fmean(offsets), pstdev(offsets)

@@ -22,19 +22,30 @@ CHECKED_WHOLE = 2**25  # bytes: of larger files only the size is compared
 def check(out: Path, stages: Iterable[str]) -> None:
     """Refuse a folder that isn't ours, and one in which something of a user's stands where a stage would go."""
     if out.is_symlink() and not out.exists():
-        raise UserError(f"--out {out} is a link that leads nowhere: choose a folder")
+        raise UserError(f"--out {out} is a link that leads nowhere", "choose a folder")
     for path in (out, *out.parents):
         if path.exists() and not path.is_dir():
-            raise UserError(f"--out {out}: {path} is a file: choose a folder")
+            raise UserError(f"--out {out}", f"{path} is a file: choose a folder")
     others = {path.name for path in out.glob("*")} - {"config.json.tmp", ".lock"}
     if others and not is_run(out):
-        raise UserError(f"--out {out} holds other things than a crlhf run: choose an empty or new folder")
-    for path in [out / (name + end) for name in stages for end in ("", ".part")] + [out / "figures"]:
-        if path.is_symlink() or (path.exists() and not path.is_dir()):
-            raise UserError(f"{path} is a link or a file where a folder of this run goes: move it away")
-        held = {inside.name for inside in path.glob("*")} - {"stage.json.tmp"}  # which a kill may have left
-        if path.name != "figures" and held and not built_with(path):
-            raise UserError(f"{path} was not made by this run, or its stage.json is damaged: move or delete it")
+        raise UserError(f"--out {out} holds other things than a crlhf run", "choose an empty or new folder")
+    for name in stages:
+        check_stage(out / name)
+        check_stage(out / f"{name}.part")
+    require_folder(out / "figures")
+
+
+def check_stage(path: Path) -> None:
+    """Refuse something that has a stage's name and wasn't made by a run."""
+    require_folder(path)
+    held = {inside.name for inside in path.glob("*")} - {"stage.json.tmp"}  # which a kill may have left
+    if held and not built_with(path):
+        raise UserError(f"{path} was not made by this run, or its stage.json is damaged", "move or delete it")
+
+
+def require_folder(path: Path) -> None:
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UserError(f"{path} is a link or a file where a folder of this run goes", "move it away")
 
 
 def is_run(out: Path) -> bool:
@@ -49,9 +60,10 @@ def is_run(out: Path) -> bool:
 def lock(out: Path) -> Iterator[None]:
     """Keep a second process out of the folder. The system lets go of the lock when we end, however we end."""
     out.mkdir(parents=True, exist_ok=True)
-    if (out / ".lock").is_symlink():
-        raise UserError(f"{out / '.lock'} is a link: delete it")
-    with open(out / ".lock", "a") as file:
+    path = out / ".lock"
+    if path.is_symlink():
+        raise UserError(f"{path} is a link", "delete it")
+    with open(path, "a") as file:
         try:
             import fcntl  # not on Windows, where two processes have to keep apart by themselves
 
@@ -59,8 +71,7 @@ def lock(out: Path) -> Iterator[None]:
         except ImportError:
             pass
         except OSError:
-            mend = "wait for it, or choose another --out"
-            raise UserError(f"another process is at work in {out}: {mend}") from None
+            raise UserError(f"another process is at work in {out}", "wait for it, or choose another --out") from None
         yield
 
 
@@ -72,11 +83,13 @@ def is_finished(folder: Path, fingerprint: str) -> bool:
     built = built_with(folder)
     if built.get("fingerprint") != fingerprint:
         return False
+    mend = f"delete the folder {folder} and run the command again"
     for file, noted in built.get("wrote", {}).items():
         path = folder / file
-        if not path.is_file() or size_and_checksum(path) != noted:
-            what = "has changed" if path.is_file() else "is missing"
-            raise UserError(f"{path} {what}: delete the folder {folder} and run the command again")
+        if not path.is_file():
+            raise UserError(f"{path} is missing", mend)
+        if size_and_checksum(path) != noted:
+            raise UserError(f"{path} has changed", mend)
     return True
 
 
@@ -87,7 +100,7 @@ def begin(part: Path, fingerprint: str, settings: dict) -> None:
     part.mkdir(parents=True, exist_ok=True)
     for path in part.rglob("*"):
         if path.is_symlink():
-            raise UserError(f"{path} is a link, and this run would write through it: move it away")
+            raise UserError(f"{path} is a link, and this run would write through it", "move it away")
     write_json(part / "stage.json", {"fingerprint": fingerprint, "settings": settings})
 
 
@@ -109,25 +122,30 @@ def built_with(folder: Path) -> dict:
 
 def seal(folder: Path) -> None:
     """Note in stage.json which files the folder holds. To be called again by whoever changes a finished stage."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "stage.json"]
-    wrote = {str(path.relative_to(folder)): size_and_checksum(path) for path in files}
+    wrote = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "stage.json":
+            wrote[str(path.relative_to(folder))] = size_and_checksum(path)
     write_json(folder / "stage.json", {**built_with(folder), "wrote": wrote})
 
 
 def size_and_checksum(path: Path) -> list[int]:
     size = path.stat().st_size
-    return [size, zlib.crc32(path.read_bytes()) if size <= CHECKED_WHOLE else 0]
+    checksum = zlib.crc32(path.read_bytes()) if size <= CHECKED_WHOLE else 0
+    return [size, checksum]
 
 
 def refuse_foreign(folder: Path) -> None:
     """Raise UserError if a stage's folder, which is to be made again, holds a file that the stage didn't write."""
     wrote = built_with(folder).get("wrote")
     for path in folder.rglob("*"):
-        is_ours = (
-            path.suffix in UNFINISHED if wrote is None else str(path.relative_to(folder)) in {*wrote, "stage.json"}
-        )
+        if wrote is None:
+            is_ours = path.suffix in UNFINISHED
+        else:
+            is_ours = str(path.relative_to(folder)) in (*wrote, "stage.json")
         if path.is_symlink() or not (is_ours or path.is_dir()):
-            raise UserError(f"{folder} is to be made again, but holds something that is not ours: move {path} away")
+            problem = f"{folder} is to be made again, but holds something that is not ours"
+            raise UserError(problem, f"move {path} away")
 
 
 def remove(folder: Path) -> None:

@@ -11,7 +11,7 @@ UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u202
 
 def printable(text: str) -> str:
     """The text with every character escaped that could move the cursor, hide or colour something, or break a file."""
-    return UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
+    return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def one_line(text: str) -> str:
@@ -21,7 +21,8 @@ def one_line(text: str) -> str:
 
 def fenced(text: str) -> str:
     """The text as a block of a Markdown file: the fence is longer than any run of backticks inside."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    longest_run = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest_run + 1)
     return f"{fence}text\n{text}\n{fence}"
 
 
@@ -32,7 +33,7 @@ def show(text: str) -> None:
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as error:  # a full disk behind a redirection, or an output that was closed
-        raise UserError(f"nothing can be written to the standard output ({error}): mend that and run again") from None
+        raise UserError(f"nothing can be written to the standard output ({error})", "mend that and run again") from None
 
 
 def prepare_outputs() -> None:

@@ -71,7 +71,8 @@ def make_plan(config: Config) -> dict[str, Stage]:
     """All stages of a run in order, by name."""
     plan = {}
     for name in stage_names(config):
-        row, needs = TABLE[name], needs_of(name, config)
+        row = TABLE[name]
+        needs = tuple(need for need in needs_of(name, config) if need in plan)
         knobs = knob_values(config, f"run.seed run.precision {row.settings}")
         if name == "baselines":
             knobs |= prompts_served(config)
@@ -95,15 +96,12 @@ def stage_names(config: Config) -> list[str]:
     return [*names, *config.method_list(), "evaluation"]
 
 
-def needs_of(name: str, config: Config) -> tuple[str, ...]:
-    """The stages of this run that a stage reads."""
+def needs_of(name: str, config: Config) -> list[str]:
+    """The stages that a stage reads, as far as they are part of the run."""
     if name == "reward" and config.reward.source != "train":
-        return ("data",)
-    present = stage_names(config)
-    needs = [need for need in TABLE[name].needs.split() if need in present]
-    if name == "evaluation":
-        needs += config.method_list()
-    return tuple(needs)
+        return ["data"]
+    needs = TABLE[name].needs.split()
+    return [*needs, *config.method_list()] if name == "evaluation" else needs
 
 
 def requirements(plan: dict[str, Stage], name: str) -> set[str]:
@@ -152,12 +150,9 @@ def file_stamps(name: str) -> list[list]:
     if name in ("", "reviews", "tiny", "train", "gold", "reward", "auto"):
         return []
     path = Path(name.rpartition(":")[0] if ".py:" in name else name)
-    stamps = []
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            stat = file.stat()
-            stamps.append([str(file), stat.st_size, stat.st_mtime_ns])
-    return stamps
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stats = [(file, file.stat()) for file in files if file.is_file()]
+    return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
 def fingerprint(value: object) -> str:

@@ -10,14 +10,11 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import Any, TextIO
 
 from ..config import DataConfig, UserError
 from ..engine.files import first_line
 from ..engine.hub import hub_answers
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 SUFFIXES = (*JSON_SUFFIXES, ".csv", ".parquet")
@@ -53,16 +50,15 @@ def read_json_rows(path: Path, max_rows: int = 0) -> list[dict]:
 
 def json_values(file: TextIO, path: Path) -> Iterator[tuple[str, object]]:
     """Yield (where it stands, value): 'line 3' of JSON lines, 'row 3' of a list."""
-    is_first = True
+    may_be_list = True
     for number, line in enumerate(file, 1):  # not splitlines: it also splits at U+2028, which may stand inside a string
         if not line.strip():
             continue
-        if is_first and line.lstrip().startswith("["):
-            values = parse_json(line + file.read(), path, number)
-            for row, value in enumerate(values, 1):
+        if may_be_list and line.lstrip().startswith("["):
+            for row, value in enumerate(parse_json(line + file.read(), path, number), 1):
                 yield f"row {row}", value
             return
-        is_first = False
+        may_be_list = False
         yield f"line {number}", parse_json(line.removesuffix("\n"), path, number)
 
 
@@ -127,8 +123,8 @@ def read_with_datasets(name: str, split: str, max_rows: int) -> list[dict]:
         raise UserError(problem, f"{first_line(error)}; check the name and --split") from None
 
 
-def load_with_datasets(name: str, path: Path, split: str) -> "Dataset":
-    """The dataset on this disk, where the library also keeps what comes from the hub; its rows aren't in memory yet."""
+def load_with_datasets(name: str, path: Path, split: str) -> Any:
+    """A `datasets.Dataset` on this disk, where the library also keeps what comes from the hub: not in memory yet."""
     import datasets  # slow to import, and files of JSON don't need it
 
     datasets.disable_progress_bars()

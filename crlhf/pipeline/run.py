@@ -16,8 +16,6 @@ from .pipeline import Pipeline
 from .plan import Stage, make_plan, requirements
 from .report import write_report
 
-DERIVED = ("evaluation",)  # redone without asking when something before them changed
-
 
 def run_to(pipe: Pipeline, last: str = "all", redo: bool = False) -> None:
     """Run every stage that `last` builds on, then `last` itself; 'all' runs everything."""
@@ -25,7 +23,7 @@ def run_to(pipe: Pipeline, last: str = "all", redo: bool = False) -> None:
     check_answers(pipe, functions=True)
     plan = make_plan(pipe.config)
     if last != "all" and last not in plan:
-        raise UserError(f"stage '{last}' is not part of this run: its stages are {', '.join(plan)}")
+        raise UserError(f"stage '{last}' is not part of this run", f"its stages are {', '.join(plan)}")
     folder.check(pipe.folder, plan)
     with folder.lock(pipe.folder):
         check_stale(pipe, plan, redo)
@@ -45,65 +43,74 @@ def run_stage(pipe: Pipeline, name: str, stage: Stage) -> None:
         pipe.log(f"{name}: done before, reused")
         return
     folder.begin(part, stage.fingerprint, stage.settings)
-    if (part / "checkpoint.pt").exists():
+    checkpoint = part / "checkpoint.pt"
+    if checkpoint.exists():
         pipe.log(f"{name}: going on from a checkpoint")
     started = time.monotonic()
     start_peak(pipe.device)
     with naming_the_knob(name):
         summary = stage.build(pipe, part)
-    cost = {"seconds": time.monotonic() - started, "peak_bytes": peak_bytes(pipe.device)}
-    write_json(part / "cost.json", cost)
-    (part / "checkpoint.pt").unlink(missing_ok=True)  # not before: what comes after training may fail
+    seconds, peak = time.monotonic() - started, peak_bytes(pipe.device)
+    write_json(part / "cost.json", {"seconds": seconds, "peak_bytes": peak})
+    checkpoint.unlink(missing_ok=True)  # not before: what comes after training may fail
     folder.finish(part, final)
-    memory = "" if pipe.tiny else f", {cost['peak_bytes'] / 1e9:.1f} GB"
-    pipe.log(f"{name}: {summary} ({cost['seconds']:.0f} s{memory})")
+    memory = "" if pipe.tiny else f", {peak / 1e9:.1f} GB"
+    pipe.log(f"{name}: {summary} ({seconds:.0f} s{memory})")
+
+
+# ----------------------------------------------------------------------------------- what has to be redone
 
 
 def check_stale(pipe: Pipeline, plan: dict[str, Stage], redo: bool) -> None:
     """Refuse to redo finished stages that were made with other settings, unless that is wanted."""
-    built = {name: folder.built_with(pipe.path(name)) for name in plan}
     if pipe.config.baselines.prompts == "met" and folder.is_finished(pipe.path("data"), plan["data"].fingerprint):
         check_batch(pipe.config, pipe.prompts("train"))
-    stale = [name for name in plan if built[name] and built[name].get("fingerprint") != plan[name].fingerprint]
-    for name in stale:
-        folder.refuse_foreign(pipe.path(name))
-    stale = [name for name in stale if name not in DERIVED]
+    stale = {}  # stages that are there, but not by this plan: what their stage.json holds
+    for name, stage in plan.items():
+        built = folder.built_with(pipe.path(name))
+        if built and built["fingerprint"] != stage.fingerprint:
+            folder.refuse_foreign(pipe.path(name))
+            stale[name] = built.get("settings", {})
+    stale.pop("evaluation", None)  # redone without asking
     if not stale:
         return
-    changed = "; ".join(reasons(plan, built, stale)[:4]) or "the project itself has changed"
+    names = ", ".join(stale)
+    changed = "; ".join(reasons(plan, stale)[:4]) or "the project itself has changed"
     if not redo:
-        mend = f"add --redo to redo {', '.join(stale)}, or choose another --out"
-        raise UserError(f"--out {pipe.folder} holds another config ({changed}): {mend}")
-    pipe.log(f"changed: {changed}; will redo {', '.join(stale)}")
+        problem = f"--out {pipe.folder} holds another config ({changed})"
+        raise UserError(problem, f"add --redo to redo {names}, or choose another --out")
+    pipe.log(f"changed: {changed}; will redo {names}")
 
 
-def reasons(plan: dict[str, Stage], built: dict[str, dict], stale: list[str]) -> list[str]:
+def reasons(plan: dict[str, Stage], stale: dict[str, dict]) -> list[str]:
     """Why stages have to be made again: ['ppo.lr was 0.001, is 0.002', 'judge.py has changed'].
 
-    built: what their stage.json holds. The config.json of the folder has the settings of the last command alone.
+    stale: the settings that they were made with. config.json doesn't say: it holds those of the last command.
     """
     told = []
-    for name in stale:
-        stage, old_settings = plan[name], built[name].get("settings", {})
-        differences = settings_that_differ(stage, old_settings)
-        if not differences and old_settings == stage.settings and not set(stage.needs) & set(stale):
-            differences = [f"{name} was made from an earlier {' or '.join(stage.needs)}"]
-        told += differences
+    for name, old_settings in stale.items():
+        stage = plan[name]
+        told += differences(stage, old_settings)
+        if old_settings == stage.settings and not stale.keys() & stage.needs:
+            told.append(f"{name} was made from an earlier {' or '.join(stage.needs)}")
     return list(dict.fromkeys(told))
 
 
-def settings_that_differ(stage: Stage, old_settings: dict) -> list[str]:
-    old_values = {**old_settings, **old_settings.get("contrastive", {})}
-    differences = []
-    for full_name, value in stage.knobs.items():
-        old_value = old_values.get(full_name.partition(".")[2], value)
+def differences(stage: Stage, old_settings: dict) -> list[str]:
+    """Settings and files of a stage that aren't what they were."""
+    old_values = old_settings | old_settings.get("contrastive", {})
+    told = []
+    for name, value in stage.knobs.items():
+        old_value = old_values.get(name.partition(".")[2], value)
         if old_value != value:
-            differences.append(f"{full_name} was {old_value}, is {value}".removeprefix("run."))
-    old_files = old_settings.get("files", [])
-    for file in stage.settings.get("files", []):
-        if old_files and file not in old_files:
-            differences.append(f"{file[0]} has changed")
-    return differences
+            told.append(f"{name.removeprefix('run.')} was {old_value}, is {value}")
+    old_files = old_settings.get("files")
+    if old_files:
+        told += [f"{file[0]} has changed" for file in stage.settings.get("files", []) if file not in old_files]
+    return told
+
+
+# ----------------------------------------------------------------------------------------------- the report
 
 
 def show_results(pipe: Pipeline) -> None:
@@ -112,8 +119,10 @@ def show_results(pipe: Pipeline) -> None:
     summary = read_json(pipe.path("evaluation") / "summary.json")
     results = {method: pipe.rows("evaluation", method) for method in ("sft", *methods)}
     metrics = {method: pipe.rows(method, "metrics") for method in methods if method != "dpo"}
-    baselines = pipe.path("baselines") / "variance.json"
-    law = pipe.injected() + (read_json(baselines).get("in_words", []) if baselines.exists() else [])
+    law = pipe.injected()
+    variance = pipe.path("baselines") / "variance.json"
+    if variance.exists():
+        law += read_json(variance).get("in_words", [])
     samples = write_report(pipe.folder, pipe.config.run.seed, summary, results, metrics, law)
     pipe.log(f"\n{summary['table']}\n\n{samples}\n")
     pipe.log(f"see {pipe.folder / 'report.md'} and the figures beside it")
