@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from crlhf.pipeline.plots import finish, plt
+from crlhf.pipeline.plots import plt, save_figure
 
 from .contenders import CONTENDERS, MOVED, at
 from .harness import SEEDS, results, run_variants
@@ -101,4 +101,4 @@ def plot_compare(rows: list[dict], path: Path) -> str:
     figure.supxlabel(
         "gold minus plain PPO's, paired: filled, over the whole run; hollow, held-out at the end", fontsize=10
     )
-    return finish(figure, path)
+    return save_figure(figure, path)

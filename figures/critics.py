@@ -14,7 +14,7 @@ import torch
 from crlhf.engine.files import read_jsonl, stream, write_jsonl
 from crlhf.law import best_share, measured_law
 from crlhf.pipeline.folder import seal
-from crlhf.pipeline.plots import finish, plt
+from crlhf.pipeline.plots import plt, save_figure
 from crlhf.ppo import gae
 
 from .contenders import at
@@ -147,4 +147,4 @@ def plot_critic(rows: list[dict], path: Path) -> str:
     for axis in axes:
         axis.tick_params(axis="x", labelsize=8)
     axes[0].legend(fontsize=8, loc="upper right")
-    return finish(figure, path)
+    return save_figure(figure, path)

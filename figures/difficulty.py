@@ -23,7 +23,7 @@ from crlhf.engine.files import stream
 from crlhf.engine.forward import Model
 from crlhf.evaluate import mean_interval
 from crlhf.pipeline.pipeline import Pipeline
-from crlhf.pipeline.plots import STYLES, finish, plt
+from crlhf.pipeline.plots import STYLES, plt, save_figure
 from crlhf.policy import generate
 
 from .estimators import correlation, fit_line, gradient_shares, quantile_groups
@@ -246,7 +246,7 @@ def plot_difficulty(rows: list[dict], path: Path) -> str:
         "gold over the same baselines; with gain over fresh SFT responses it correlates by " + plus_minus(fresh),
         fontsize=10,
     )
-    return finish(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_groups(axis: plt.Axes, rows: list[dict], places: list[tuple], x: str, y: str, **style: object) -> None:

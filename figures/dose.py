@@ -11,7 +11,7 @@ from pathlib import Path
 
 from crlhf.config import Method
 from crlhf.law import variance_ratio
-from crlhf.pipeline.plots import finish, plt
+from crlhf.pipeline.plots import plt, save_figure
 
 from .contenders import at
 from .harness import SEEDS, default, results, run_variants
@@ -95,7 +95,7 @@ def plot_dose(rows: list[dict], natural: list[dict], path: Path) -> str:
     for axis in axes[1]:
         axis.set_xlabel("rho: share of the reward's variance between prompts")
     axes[0, 0].legend(fontsize=8, loc="upper left")
-    return finish(figure, path)
+    return save_figure(figure, path)
 
 
 def position_table(rows: list[dict]) -> str:

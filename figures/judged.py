@@ -15,7 +15,7 @@ import torch
 from crlhf.engine.files import read_jsonl, stream
 from crlhf.evaluate import column, mean_interval
 from crlhf.evaluate import compare as compare_scores
-from crlhf.pipeline.plots import finish, plt
+from crlhf.pipeline.plots import plt, save_figure
 
 from .contenders import at
 from .harness import RESPONSES, SEEDS, base_name, default, results, run_variants
@@ -187,4 +187,4 @@ def plot_judged(pairs: list[dict], every: list[dict], path: Path) -> str:
     left.legend(fontsize=8)
     for axis in (left, right):
         axis.grid(alpha=0.25)
-    return finish(figure, path)
+    return save_figure(figure, path)

@@ -18,7 +18,7 @@ from torch import Tensor
 from crlhf.engine.files import stream
 from crlhf.evaluate import Z, mean_interval
 from crlhf.judging.statistics import length_controlled, outcome_shares
-from crlhf.pipeline.plots import finish, plt
+from crlhf.pipeline.plots import plt, save_figure
 
 from .harness import SEEDS
 from .plotting import plot_points
@@ -143,4 +143,4 @@ def plot_judges(rows: list[dict], path: Path) -> str:
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("win rate, per cent")
     axes[0].legend(fontsize=8)
-    return finish(figure, path)
+    return save_figure(figure, path)

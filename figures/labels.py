@@ -12,7 +12,7 @@ from crlhf import reviews
 from crlhf.engine.files import read_json, stream, write_json, write_jsonl
 from crlhf.evaluate import mean_interval
 from crlhf.pipeline.folder import seal
-from crlhf.pipeline.plots import finish, plt
+from crlhf.pipeline.plots import plt, save_figure
 from crlhf.pipeline.run import run_to
 from crlhf.policy import generate
 
@@ -147,7 +147,7 @@ def plot_labels(rows: list[dict], path: Path) -> str:
         axis.set_xlabel("labels, rewards and prompts")
         axis.tick_params(axis="x", labelsize=8, rotation=25)
     right.legend(*left.get_legend_handles_labels(), fontsize=8, loc="upper left")
-    return finish(figure, path)
+    return save_figure(figure, path)
 
 
 def trust_table(trust: list[dict]) -> str:

@@ -24,7 +24,7 @@ from crlhf.engine.text import Reward
 from crlhf.evaluate import mean_interval
 from crlhf.law import measured_law
 from crlhf.pipeline.pipeline import Pipeline
-from crlhf.pipeline.plots import finish, plt
+from crlhf.pipeline.plots import plt, save_figure
 from crlhf.policy import generate
 from crlhf.reviews import NoisyReward, gold_reward
 from crlhf.reward import train_reward_model
@@ -161,7 +161,7 @@ def plot_natural(rows: list[dict], path: Path) -> str:
     right.legend(fontsize=8)
     for axis in (left, right):
         axis.grid(alpha=0.25)
-    return finish(figure, path)
+    return save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------ tables

@@ -12,7 +12,7 @@ import numpy as np
 
 from crlhf.config import Method
 from crlhf.evaluate import mean_interval
-from crlhf.pipeline.plots import finish, smooth
+from crlhf.pipeline.plots import save_figure, smooth
 
 from .contenders import STYLES
 from .tables import difference, distinct, interval, labels_of, methods_of, plus_minus, select, settings_of
@@ -97,7 +97,7 @@ def plot_samples(rows: list[dict], path: Path) -> str:
         axis.set(xlabel="k, offline responses per prompt", title=f"constant of {sd}")
     axes[0].set_ylabel("gold over the run, minus plain PPO's")
     axes[0].legend(fontsize=8)
-    return finish(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_scale(rows: list[dict], steps: list[dict], path: Path) -> str:
@@ -112,7 +112,7 @@ def plot_scale(rows: list[dict], steps: list[dict], path: Path) -> str:
     axes[2].set(xlabel="PPO iteration", ylabel="scale alpha, at reward x 1")
     axes[2].legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle("What the scale of the reward does to KL and gold, with and without a dynamic scale", fontsize=11)
-    return finish(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_overoptimisation(rows: list[dict], steps: list[dict], path: Path) -> str:
@@ -125,7 +125,7 @@ def plot_overoptimisation(rows: list[dict], steps: list[dict], path: Path) -> st
     axes[2].legend(fontsize=8)
     gap = plus_minus(difference(rows, settings_of(rows)[0], "contrastive"), 2, "+")
     figure.suptitle(f"Without a KL price; held-out gold at the end, contrastive - plain: {gap}", fontsize=11)
-    return finish(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_adversary(rows: list[dict], path: Path) -> str:
@@ -146,4 +146,4 @@ def plot_adversary(rows: list[dict], path: Path) -> str:
     axes[0].set_yticks(range(len(labels)), [f"{a}: {style_of(b).title}" for a, b in labels], fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.25)
-    return finish(figure, path)
+    return save_figure(figure, path)

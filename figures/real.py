@@ -20,7 +20,7 @@ from crlhf.evaluate import Z, column, mean_interval, wilson_interval
 from crlhf.law import best_share, measured_law, variance_ratio, within_correlation
 from crlhf.pipeline.options import parse_command_line
 from crlhf.pipeline.output import fenced
-from crlhf.pipeline.plots import STYLES, finish, plot_curve, plt, smooth
+from crlhf.pipeline.plots import STYLES, plot_curve, plt, save_figure, smooth
 from crlhf.pipeline.report import samples_text
 
 from .real_panels import plot_ratio, plot_scatter
@@ -326,4 +326,4 @@ def plot_run(run: Path, path: Path) -> str:
         plot_scatter(axes[1, 1], rewards, ended)
     model = Path(read_json(run / "config.json")["model"]["name"]).name
     figure.suptitle(f"{model} on {TITLES[run.name]}: one seed", fontsize=11)
-    return finish(figure, path)
+    return save_figure(figure, path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from crlhf.config import UserError
 from crlhf.evaluate import mean_interval
 from crlhf.pipeline.output import fenced
-from crlhf.pipeline.plots import STYLES, finish, plt
+from crlhf.pipeline.plots import STYLES, plt, save_figure
 
 from .real import COMMANDS, TITLES, cost_rows, finished, law_rows, result_rows
 from .tables import markdown, plus_minus, read_rows, select, write_csv
@@ -141,4 +141,4 @@ def plot(figures: Path) -> str:
     right.axhline(0, color="black", linewidth=0.8)
     right.set(title="Gold minus plain PPO, film reviews", xlabel="rho of the run", ylabel="gold")
     right.legend(fontsize=8)
-    return finish(figure, figures / "real_seeds.png")
+    return save_figure(figure, figures / "real_seeds.png")

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crlhf.law import advice
-from crlhf.pipeline.plots import finish, plt
+from crlhf.pipeline.plots import plt, save_figure
 
 from .dose import NONE, SOURCES, same_at_any_dose
 from .harness import SEEDS, default
@@ -163,4 +163,4 @@ def plot_rule(rows: list[dict], path: Path) -> str:
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("gold over the run, minus plain PPO's")
     axes[0].legend(fontsize=8, loc="upper left")
-    return finish(figure, path)
+    return save_figure(figure, path)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crlhf.config import UserError
-from crlhf.pipeline.plots import finish, plt
+from crlhf.pipeline.plots import plt, save_figure
 
 from .contenders import CONTENDERS, MOVED, at
 from .harness import TUNING_SEEDS, default, results, run_variants
@@ -143,4 +143,4 @@ def plot_sweep(searches: dict, path: Path) -> str:
             axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], fontsize=8)
             axis.grid(alpha=0.25)
     figure.suptitle("Held-out gold of the search; cells below -0.3 are out of sight", fontsize=11)
-    return finish(figure, path)
+    return save_figure(figure, path)

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from crlhf.engine.files import stream
 from crlhf.evaluate import mean_interval
-from crlhf.pipeline.plots import finish, plt
+from crlhf.pipeline.plots import plt, save_figure
 
 from .estimators import fit_line
 from .harness import SEEDS
@@ -205,4 +205,4 @@ def plot_theorem(rows: list[dict], path: Path) -> str:
         f"({n_seeds} seeds, 95% intervals)",
         fontsize=11,
     )
-    return finish(figure, path)
+    return save_figure(figure, path)

@@ -28,7 +28,7 @@ from crlhf.engine.forward import Model
 from crlhf.engine.text import Batch
 from crlhf.evaluate import mean_interval
 from crlhf.pipeline.pipeline import Pipeline
-from crlhf.pipeline.plots import finish, plt, smooth
+from crlhf.pipeline.plots import plt, save_figure, smooth
 from crlhf.policy import generate
 
 from .estimators import (
@@ -277,7 +277,7 @@ def plot_variance(rows: list[dict], steps: list[dict], path: Path) -> str:
         f"and from {changes[1]} with constants of sd 1; adaptive is at most {worst:.2f}",
         fontsize=11,
     )
-    return finish(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_law(axis: plt.Axes, rows: list[dict], iterations: list[int]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..config import JudgeConfig, UserError
 from ..evaluate import column
 from ..pipeline.output import one_line
-from ..pipeline.plots import finish, plt
+from ..pipeline.plots import plt, save_figure
 from ..pipeline.tables import markdown_table
 from .statistics import EVEN, WIN, accuracy, bootstrap, kappa, length_controlled, outcome_shares
 
@@ -149,7 +149,7 @@ def plot_verdicts(rows: list[dict], config: JudgeConfig, path: Path) -> None:
         figure, left = plt.subplots(figsize=(5, height))
     draw_outcomes(left, scores_of)
     left.set_title(plain_label(f"{Path(config.of).stem} against {Path(config.against).stem}"))
-    finish(figure, path)
+    save_figure(figure, path)
 
 
 def plain_label(name: str) -> str:

@@ -25,7 +25,7 @@ def smooth(values: list[float], window: int = 5) -> np.ndarray:
     return np.array([np.mean(values[max(0, end - window) : end]) for end in ends])
 
 
-def finish(figure: plt.Figure, path: Path) -> str:
+def save_figure(figure: plt.Figure, path: Path) -> str:
     figure.tight_layout()
     temporary = path.with_name(f"{path.stem}.tmp.png")
     figure.savefig(temporary, dpi=130)
@@ -60,7 +60,7 @@ def learning_curves(metrics: dict[str, list[dict]], path: Path) -> str:
     lowest, _ = critics.get_ylim()
     critics.set_ylim(bottom=max(-1.0, lowest))
     axes[0, 0].legend()
-    return finish(figure, path)
+    return save_figure(figure, path)
 
 
 def variance_curves(metrics: dict[str, list[dict]], path: Path) -> str:
@@ -77,7 +77,7 @@ def variance_curves(metrics: dict[str, list[dict]], path: Path) -> str:
     right.set(title="Share of the baseline that is subtracted", xlabel="iteration", ylabel="coefficient c")
     right.set_ylim(-0.05, 1.05)
     left.legend()
-    return finish(figure, path)
+    return save_figure(figure, path)
 
 
 def gold_by_difficulty(results: dict[str, list[dict]], path: Path) -> str:
@@ -98,4 +98,4 @@ def gold_by_difficulty(results: dict[str, list[dict]], path: Path) -> str:
     axis.set_xticks(range(3), [f"{name} openings" for name in names])
     axis.set(title="True reward by difficulty of the prompt", ylabel="gold score")
     axis.legend(fontsize=8, ncols=2)
-    return finish(figure, path)
+    return save_figure(figure, path)
