@@ -15,14 +15,16 @@ from ..evaluate import mean_interval
 from ..reviews import difficulty_name
 
 # Okabe and Ito's palette: distinct to colour-blind readers, and in grey by line style.
-ERROR_BARS = {"elinewidth": 1}
 STYLES = {"sft": Method("SFT", "#777777", ":"), **METHODS}
 
 
 def smooth(values: list[float], window: int = 5) -> np.ndarray:
     """Running mean over the last `window` values."""
-    ends = range(1, len(values) + 1)
-    return np.array([np.mean(values[max(0, end - window) : end]) for end in ends])
+    means = []
+    for end in range(1, len(values) + 1):
+        latest = values[max(0, end - window) : end]
+        means.append(np.mean(latest))
+    return np.array(means)
 
 
 def save_figure(figure: plt.Figure, path: Path) -> str:
@@ -54,7 +56,8 @@ def learning_curves(metrics: dict[str, list[dict]], path: Path) -> str:
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.4))
     for axis, (key, title, unit) in zip(axes.flat, panels):
         for method, rows in metrics.items():
-            plot_curve(axis, method, smooth([row[key] for row in rows]))
+            values = [row[key] for row in rows]
+            plot_curve(axis, method, smooth(values))
         axis.set(title=title, xlabel="iteration", ylabel=unit)
     critics = axes[1, 1]
     lowest, _ = critics.get_ylim()
@@ -71,7 +74,8 @@ def variance_curves(metrics: dict[str, list[dict]], path: Path) -> str:
         if METHODS[method].contrast:
             key = "contrastive_variance"
             plot_curve(right, method, [row["coefficient"] for row in rows])
-        plot_curve(left, method, smooth([row[key] for row in rows]))
+        variances = [row[key] for row in rows]
+        plot_curve(left, method, smooth(variances))
     left.set(title="Variance of the reward PPO uses", xlabel="iteration", ylabel="variance over a batch")
     left.set_ylim(bottom=0)
     right.set(title="Share of the baseline that is subtracted", xlabel="iteration", ylabel="coefficient c")
@@ -86,14 +90,18 @@ def gold_by_difficulty(results: dict[str, list[dict]], path: Path) -> str:
     figure, axis = plt.subplots(figsize=(7, 3.8))
     width = 0.8 / len(results)
     for number, (method, rows) in enumerate(results.items()):
+        style = STYLES[method]
+        label = style.title
         shift = (number - (len(results) - 1) / 2) * width
-        style, title = STYLES[method], STYLES[method].title
         for x, name in enumerate(names):
             scores = [row["gold"] for row in rows if difficulty_name(row["prompt"]) == name]
-            if scores:
-                mean, half = mean_interval(scores)
-                axis.bar(x + shift, mean, width * 0.92, yerr=half, color=style.color, label=title, error_kw=ERROR_BARS)
-                title = None  # one line in the legend a method
+            if not scores:
+                continue
+            mean, half = mean_interval(scores)
+            axis.bar(
+                x + shift, mean, width * 0.92, yerr=half, color=style.color, label=label, error_kw={"elinewidth": 1}
+            )
+            label = None  # one line in the legend a method
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set_xticks(range(3), [f"{name} openings" for name in names])
     axis.set(title="True reward by difficulty of the prompt", ylabel="gold score")

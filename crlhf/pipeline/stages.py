@@ -63,9 +63,11 @@ def build_data(pipe: Pipeline, folder: Path) -> str:
 
 def world_corpus(c: Config) -> Corpus:
     """The embedded world's data; its preferences wait for the SFT policy's responses."""
-    train = reviews.make_prompts(c.world.train_prompts, f"{c.run.seed}-train")
-    held_out = reviews.make_prompts(c.world.eval_prompts, f"{c.run.seed}-eval", avoid=train)
-    return Corpus(train, held_out, reviews.make_demonstrations(c.world.demonstrations, c.run.seed))
+    world, seed = c.world, c.run.seed
+    train_prompts = reviews.make_prompts(world.train_prompts, f"{seed}-train")
+    eval_prompts = reviews.make_prompts(world.eval_prompts, f"{seed}-eval", avoid=train_prompts)
+    demonstrations = reviews.make_demonstrations(world.demonstrations, seed)
+    return Corpus(train_prompts, eval_prompts, demonstrations)
 
 
 def dataset_corpus(c: Config, rows: list[dict], tokenizer: Tokenizer) -> Corpus:
@@ -92,13 +94,21 @@ def dataset_corpus(c: Config, rows: list[dict], tokenizer: Tokenizer) -> Corpus:
 def build_sft(pipe: Pipeline, folder: Path) -> str:
     c, tokenizer = pipe.config, pipe.tokenizer()
     if pipe.tiny:
-        context = c.data.max_prompt_tokens + c.data.max_response_tokens
-        shape = context, c.model.layers, c.model.width, c.model.heads
-        model = tiny_model(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, *shape, c.run.seed)
+        model = tiny_model(
+            len(tokenizer),
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+            c.data.max_prompt_tokens + c.data.max_response_tokens,
+            c.model.layers,
+            c.model.width,
+            c.model.heads,
+            c.run.seed,
+        )
     else:
         model = load_model(c.model.name)
     demonstrations = pipe.rows("data", "demonstrations")
-    rows = train_sft(pipe.place(model), tokenizer, demonstrations, c.sft, pipe.job("sft", folder))
+    job = pipe.job("sft", folder)
+    rows = train_sft(pipe.place(model), tokenizer, demonstrations, c.sft, job)
     save(folder, model, tokenizer)
     return f"{model.num_parameters():,} parameters, {losses_in_words(rows)}"
 
@@ -128,16 +138,16 @@ def labelled_pairs(pipe: Pipeline) -> tuple[list[dict], list[dict]]:
     world, seed = pipe.config.world, pipe.config.run.seed
     n_held_out = max(200, world.pairs // 5)
     prompts = reviews.make_prompts(world.pairs + n_held_out, f"{seed}-pairs", avoid=pipe.prompts("eval"))
-    model, tokenizer, job = pipe.model("sft"), pipe.tokenizer(), pipe.job("preferences")
+    model, tokenizer = pipe.model("sft"), pipe.tokenizer()
+    longest = pipe.config.data.max_response_tokens
     sides = [], []
     for side in (0, 1):
         title = f"preferences, response {side + 1} of 2"
-        for first, batch_prompts in slices(prompts, job.sampling_batch_size, title):
+        for first, batch_prompts in slices(prompts, pipe.config.run.sampling_batch_size, title):
             generator = stream(seed, "pairs", side, first, device=pipe.device)
-            responses, *_ = generate(model, tokenizer, batch_prompts, job.max_response_tokens, generator=generator)
+            responses, *_ = generate(model, tokenizer, batch_prompts, longest, generator=generator)
             sides[side].extend(responses)
-    faults = world.label_flips, world.flips, world.fooled
-    labelled = reviews.make_preferences(prompts, *sides, seed, *faults, job.max_response_tokens)
+    labelled = reviews.make_preferences(prompts, *sides, seed, world.label_flips, world.flips, world.fooled, longest)
     training_prompts = set(prompts[: world.pairs])
     rows = [row for row in labelled if row["prompt"] in training_prompts]
     if not rows:
@@ -206,13 +216,20 @@ def build_baselines(pipe: Pipeline, folder: Path) -> str:
     write_jsonl(folder / "baselines.jsonl", rows)
     (folder / "partial.jsonl").unlink()
     rewards, has_ended = baseline_rewards(rows)
-    report = {"mean": rewards.mean().item(), "ended": has_ended.float().mean().item(), "k": c.baselines.k}
-    report["seconds"] = time.monotonic() - started
+    report = {
+        "mean": rewards.mean().item(),
+        "ended": has_ended.float().mean().item(),
+        "k": c.baselines.k,
+        "seconds": time.monotonic() - started,
+    }
     if c.baselines.k > 1 and len(rewards) > 1:
-        lengths = [[len(encode_response(tokenizer, response)) for response in row["responses"]] for row in rows]
+        lengths = torch.zeros_like(rewards)
+        for i, row in enumerate(rows):
+            for j, response in enumerate(row["responses"]):
+                lengths[i, j] = len(encode_response(tokenizer, response))
         report |= measured_law(rewards)
         report["ended_correlation"] = within_correlation(rewards, has_ended)
-        report["length_correlation"] = within_correlation(rewards, torch.tensor(lengths))
+        report["length_correlation"] = within_correlation(rewards, lengths)
         report["in_words"] = law_in_words(report, c.baselines.k)
     write_json(folder / "variance.json", report)
     for line in [*pipe.injected(), *report.get("in_words", ())]:
@@ -244,10 +261,16 @@ def build_ppo(pipe: Pipeline, folder: Path, name: str) -> str:
         if critic is not None:
             recompute_activations(critic)
     models = Models(policy, ref_policy, critic, tokenizer)
-    contrastive = make_contrastive(pipe, METHODS[name].contrast) if METHODS[name].contrast else None
-    gold = pipe.reward_callable("gold") if pipe.world else None
-    job = pipe.job(name, folder)
-    metrics = train_ppo(models, pipe.noisy_reward(), prompts, c.ppo, job, contrastive, gold)
+    contrast = METHODS[name].contrast
+    metrics = train_ppo(
+        models,
+        pipe.noisy_reward(),
+        prompts,
+        c.ppo,
+        pipe.job(name, folder),
+        make_contrastive(pipe, contrast) if contrast else None,
+        pipe.reward_callable("gold") if pipe.world else None,
+    )
     save(folder, policy, tokenizer)
     shown = "gold" if pipe.world else "reward"
     curve = [row[shown] for row in metrics]
@@ -270,7 +293,9 @@ def make_critic(pipe: Pipeline, kind: str, hidden_size: int) -> nn.Module | None
 
 
 def make_contrastive(pipe: Pipeline, contrast: str) -> ContrastiveReward:
-    c, baselines, resample = pipe.config, {}, None
+    c = pipe.config
+    baselines = {}
+    resample = None
     if c.contrastive.source != "group":
         baselines = rewards_by_prompt(pipe.rows("baselines", "baselines"), c.ppo)
     if c.contrastive.refresh:

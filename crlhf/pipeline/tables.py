@@ -10,13 +10,19 @@ from ..engine.files import write_atomic
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], aligned: bool = False) -> str:
     """Names of columns, and lines of cells. A pipe inside a cell is escaped. aligned: padded, for a terminal."""
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
-    widths = [3] * len(lines[0])
+    table = []
+    for cells in (header, *rows):
+        table.append([cell.replace("|", "\\|") for cell in cells])
+    widths = [3] * len(header)
     if aligned:
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        lines = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        widths = [max(map(len, column)) for column in zip(*table)]
+    table.insert(1, ["-" * width for width in widths])
+    lines = []
+    for cells in table:
+        if aligned:
+            cells = [cell.ljust(width) for cell, width in zip(cells, widths)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -25,9 +31,9 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: rounded(value) for name, value in row.items()})
+        rounded = dict(row)
+        for name, value in row.items():
+            if isinstance(value, float):
+                rounded[name] = round(value, 4)
+        writer.writerow(rounded)
     write_atomic(path, text.getvalue())
-
-
-def rounded(value: object) -> object:
-    return round(value, 4) if isinstance(value, float) else value
