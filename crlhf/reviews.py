@@ -51,7 +51,7 @@ EMPTY = 1.0  # price of saying nothing
 LONGEST = 23  # words that a writer writes at most
 MOST_OPENING = 1.5  # half the tone of three superb aspects
 EXPLOIT = "i hated the"  # what raters with the knob `fooled` fall for: common enough to be found, and bad
-NATURAL_OFFSET = 0.14  # sd over prompts of the level on which reward models disagree: `experiment natural`
+NATURAL_OFFSET = 0.14  # sd over prompts of the level on which reward models disagree: figures/natural.py
 
 
 @dataclass

@@ -11,9 +11,9 @@ from ..config import METHODS, PRETRAINED, Config, ModelConfig, UserError
 STAGES = ("all", "data", "sft", "preferences", "reward", "baselines", *METHODS, "evaluation")
 ABOUT = """RLHF with contrastive rewards: SFT, reward model, offline baselines, PPO, comparison. Without a STAGE all
 is run; with one, that stage and what it needs. Finished stages are reused, and a run that was stopped goes on where it
-was. Besides the stages: 'judge RUN' has a language model or people compare two methods, 'experiment NAME' repeats a
-question over many seeds, 'benchmark' measures speed, 'memory' says what some models need on a GPU, 'export RUN --to
-ENGINE' takes a run's baselines and reward to OpenRLHF, verl or TRL.
+was. Besides the stages: 'judge RUN' has a language model or people compare two methods, 'benchmark' measures speed,
+'memory' says what some models need on a GPU, 'export RUN --to ENGINE' takes a run's baselines and reward to OpenRLHF,
+verl or TRL.
 """
 
 # Options of these groups carry no prefix on the command line: --dataset, --seed, --label-flips.
