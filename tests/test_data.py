@@ -494,6 +494,22 @@ def test_demonstrations_have_no_preferences(tokenizer):
     assert {row["completion"] for row in corpus.demonstrations} == {" is a word of some length"}
 
 
+@pytest.mark.parametrize("prompt", ["prompt {}", [user("prompt {}")]])
+def test_prompts_alone_are_enough_where_no_answers_are_wanted(prompt, tokenizer):
+    rows = [
+        {"prompt": json.loads(json.dumps(prompt).replace("{}", str(i))), "text": "not an answer"} for i in range(20)
+    ]
+    config = DataConfig(max_prompt_tokens=100, max_response_tokens=1)
+    corpus = build_corpus(rows, "rows.jsonl", tokenizer, config, 0, prompts_suffice=True)
+    assert len(corpus.train_prompts) == 18 and len(corpus.eval_prompts) == 2 and not corpus.notes
+    wanted = "prompt 3" if isinstance(prompt, str) else "\n\nHuman: prompt 3\n\nAssistant:"
+    assert wanted in corpus.train_prompts + corpus.eval_prompts
+    assert not corpus.demonstrations and not corpus.preferences
+    rows = [{"prompt": row["prompt"]} for row in rows]
+    with pytest.raises(UserError, match="missing the column 'completion' or"):
+        build_corpus(rows, "rows.jsonl", tokenizer, config, 0)
+
+
 def test_training_texts_finds_every_text():
     rows = [IMPLICIT, {"info": POST, "n": 3}]
     assert {"Tea?", "Yes.", "No.", "My cat sings."} <= set(training_texts(rows))
