@@ -496,9 +496,8 @@ def test_demonstrations_have_no_preferences(tokenizer):
 
 @pytest.mark.parametrize("prompt", ["prompt {}", [user("prompt {}")]])
 def test_prompts_alone_are_enough_where_no_answers_are_wanted(prompt, tokenizer):
-    rows = [
-        {"prompt": json.loads(json.dumps(prompt).replace("{}", str(i))), "text": "not an answer"} for i in range(20)
-    ]
+    texts = [json.dumps(prompt).replace("{}", str(i)) for i in range(20)]
+    rows = [{"prompt": json.loads(text), "text": "not an answer"} for text in texts]
     config = DataConfig(max_prompt_tokens=100, max_response_tokens=1)
     corpus = build_corpus(rows, "rows.jsonl", tokenizer, config, 0, prompts_suffice=True)
     assert len(corpus.train_prompts) == 18 and len(corpus.eval_prompts) == 2 and not corpus.notes
