@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Callable
 
 from .config import UserError
 from .pipeline.options import parse_command_line
@@ -74,14 +75,14 @@ def disk_trouble(error: Exception) -> str | None:
     return f"can't write {target}: {os.strerror(number)}; mend that, or choose another --out, and run the command again"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code.
+def main(arguments: list[str] | None = None, command: Callable[[list[str]], None] = run) -> int:
+    """Run the command line, this one or another, and return its exit code.
 
     0: done. 2: the user's mistake, said in one line. 130: stopped by Ctrl-C. 141: nobody reads the output any more.
     """
     prepare_outputs()
     try:
-        run(sys.argv[1:] if arguments is None else arguments)
+        command(sys.argv[1:] if arguments is None else arguments)
         return 0
     except UserError as error:
         message = str(error)

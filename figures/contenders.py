@@ -16,6 +16,7 @@ CONTENDERS = {
     "RLOO": Variant("contrastive", {"contrastive.source": "group", "ppo.group_size": 4, "ppo.critic": "none"}),
     "dpo": Variant("dpo"),
 }
+FOUR = ("ppo", "contrastive", "adaptive", "RLOO")  # where not all are compared
 MOVED = ("ppo", "ppo, lambda 1", "contrastive, magnitude", "adaptive")  # by a constant per prompt; all others cancel it
 
 STYLES = {
@@ -32,5 +33,5 @@ STYLES = {
 
 def at(method: str, settings: dict, base: str = "") -> Variant:
     """A contender with further settings, perhaps on a base of its own."""
-    own = CONTENDERS[method]
-    return Variant(own.method, {**own.settings, **settings}, base)
+    contender = CONTENDERS[method]
+    return Variant(contender.method, {**contender.settings, **settings}, base)

@@ -6,18 +6,18 @@ The share of the reward's variance that lies between prompts is rho, and the law
 baselines lowers the variance where rho > 1 / (k + 1). Does it also raise the true reward there?
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from crlhf.config import Method
 from crlhf.law import variance_ratio
-from crlhf.pipeline.plots import plt, save_figure
+from crlhf.pipeline.tables import markdown_table
 
 from .contenders import at
-from .harness import SEEDS, default, results, run_variants
+from .harness import Study, results
 from .natural import rho_of_models
-from .plotting import plot_points
-from .tables import difference, distinct, gains_table, interval, markdown, plus_minus, read_rows, write_csv
+from .plotting import GREY, Figure, break_even_line, describe, finished, panels, plot_points, zero_line
+from .runs import default
+from .tables import Rows, difference, distinct, endpoints_report, interval, plus_minus, read_results
 
 SDS = (0.1, 0.25, 0.5, 1.0, 2.0)
 SOURCES = {  # WorldConfig.bias_from, and how figures show it
@@ -27,10 +27,10 @@ SOURCES = {  # WorldConfig.bias_from, and how figures show it
 }
 NONE = "sd 0"
 CANCEL = ("contrastive", "RLOO")  # a constant: their runs are the same at any dose (an identity)
-METHODS = ("contrastive", "adaptive", "RLOO")
+GAINING = {"contrastive": "contrastive (c = 1)", "adaptive": "adaptive", "RLOO": "RLOO, no critic"}
 
 
-def dose(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:12]) -> str:
+def dose(study: Study) -> str:
     """How does the gain over plain PPO grow with rho, and does it matter whether a critic can foresee the constant?
 
     Endpoints: mean true reward over all iterations; held-out true reward at the end. All methods have the default
@@ -46,23 +46,23 @@ def dose(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:12]) -> str:
     for source in SOURCES:
         for sd in SDS:
             settings = {"world.prompt_bias": sd, "world.bias_from": source}
-            variants |= {(f"{source}, sd {sd:g}", method): at(method, settings) for method in ("ppo", "adaptive")}
-    rows = results(run_variants(root, variants, seeds, "dose"))
-    write_csv(figures / "dose.csv", rows)
-    plot_dose(rows + same_at_any_dose(rows), read_rows(figures / "natural.csv"), figures / "dose.png")
-    return report(figures)
+            for method in ("ppo", "adaptive"):
+                variants[dose_name(source, sd), method] = at(method, settings)
+    study.write(results(study.run(variants)))
+    return study.answer(dose_report, plot_dose)
 
 
-def report(figures: Path) -> str:
-    rows = read_rows(figures / "dose.csv")
+def dose_name(source: str, sd: float) -> str:
+    return f"{source}, sd {sd:g}"
+
+
+def dose_report(figures: Path) -> str:
+    rows = read_results(figures, "dose")
     rows += same_at_any_dose(rows)
-    parts = [position_table(rows)]
-    for key, name in (("mean_gold", "Gold over all iterations"), ("gold", "Held-out gold at the end")):
-        parts.append(f"{name}, minus plain PPO:\n\n{gains_table(rows, METHODS, key, 'constant')}")
-    return "\n\n".join(parts)
+    return f"{position_table(rows)}\n\n{endpoints_report(rows, GAINING, 'constant')}"
 
 
-def same_at_any_dose(rows: list[dict]) -> list[dict]:
+def same_at_any_dose(rows: Rows) -> Rows:
     """The runs that cancel a constant, once more for every other dose, to be paired with that dose's plain PPO."""
     copies = []
     for setting in distinct(rows, "setting"):
@@ -71,40 +71,43 @@ def same_at_any_dose(rows: list[dict]) -> list[dict]:
     return copies
 
 
-def plot_dose(rows: list[dict], natural: list[dict], path: Path) -> str:
-    """Gain over plain PPO against rho, a panel a method; and what plain PPO's critic foresaw."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7.4), sharex=True)
-    for source, style in SOURCES.items():
-        settings = [NONE, *(f"{source}, sd {sd:g}" for sd in SDS)]
-        rho = [interval(rows, setting, "adaptive", "rho")[0] for setting in settings]
-        shown = {"color": style.color, "linestyle": style.line, "label": style.title}
-        for axis, method in zip(axes.flat, METHODS):
-            plot_points(
-                axis, rho, [difference(rows, setting, method, key="mean_gold") for setting in settings], **shown
-            )
-        plot_points(axes[1, 1], rho, [interval(rows, setting, "ppo", "explained") for setting in settings], **shown)
-    own = rho_of_models(natural)
-    for axis in axes.flat:
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.axvspan(min(own), max(own), color="#777777", alpha=0.2, linewidth=0, label="reward models by themselves")
-        axis.axvline(1 / (default("baselines.k") + 1), color="#777777", linestyle=":", label="the law's break-even")
-        axis.grid(alpha=0.25)
-    for axis, name in zip(axes.flat, ("contrastive (c = 1)", "adaptive", "RLOO, no critic")):
-        axis.set(title=f"{name} minus plain PPO", ylabel="true reward over the run, paired", ylim=(-0.08, 0.26))
-    axes[1, 1].set(title="What plain PPO's critic foresees", ylabel="explained variance, iterations 20 to 59")
-    for axis in axes[1]:
-        axis.set_xlabel("rho: share of the reward's variance between prompts")
-    axes[0, 0].legend(fontsize=8, loc="upper left")
-    return save_figure(figure, path)
-
-
-def position_table(rows: list[dict]) -> str:
+def position_table(rows: Rows) -> str:
     """Where each dose lies: rho, what the law says of c = 1, what was measured, and what critics foresaw."""
     lines = []
     for setting in distinct(rows, "setting"):
         rho = interval(rows, setting, "adaptive", "rho")
-        cells = [plus_minus(rho), f"{variance_ratio(rho[0], default('baselines.k')):.2f}"]
-        cells += [plus_minus(interval(rows, setting, method, "explained")) for method in ("ppo", "adaptive")]
-        lines.append([setting, *cells, plus_minus(interval(rows, setting, "adaptive", "coefficient"))])
+        predicted = variance_ratio(rho[0], default("baselines.k"))
+        foreseen = [plus_minus(interval(rows, setting, method, "explained")) for method in ("ppo", "adaptive")]
+        coefficient = plus_minus(interval(rows, setting, "adaptive", "coefficient"))
+        lines.append([setting, plus_minus(rho), f"{predicted:.2f}", *foreseen, coefficient])
     head = ["constant", "rho", "law: Var(r - b) / Var(r)", "explained variance, plain", "adaptive", "its coefficient"]
-    return markdown(head, lines)
+    return markdown_table(head, lines)
+
+
+def plot_dose(figures: Path) -> Figure:
+    """Gain over plain PPO against rho, a panel a method; and what plain PPO's critic foresaw."""
+    rows = read_results(figures, "dose")
+    rows += same_at_any_dose(rows)
+    natural_rho = rho_of_models(read_results(figures, "natural"))
+    figure, axes = panels(2, 2, 10, 7.4, sharex=True)
+    for source, style in SOURCES.items():
+        settings = [NONE, *(dose_name(source, sd) for sd in SDS)]
+        rho = [interval(rows, setting, "adaptive", "rho")[0] for setting in settings]
+        shown = {"color": style.color, "linestyle": style.line, "label": style.title}
+        for axis, method in zip(axes, GAINING):
+            gains = [difference(rows, setting, method, key="mean_gold") for setting in settings]
+            plot_points(axis, rho, gains, **shown)
+        plot_points(axes[3], rho, [interval(rows, setting, "ppo", "explained") for setting in settings], **shown)
+    span = {"color": GREY, "alpha": 0.2, "linewidth": 0, "label": "reward models by themselves"}
+    for axis in axes:
+        zero_line(axis)
+        axis.axvspan(min(natural_rho), max(natural_rho), **span)
+        break_even_line(axis, default("baselines.k"), "the law's break-even")
+    for axis, name in zip(axes, GAINING.values()):
+        describe(axis, f"{name} minus plain PPO", y="true reward over the run, paired")
+        axis.set_ylim(-0.08, 0.26)
+    describe(axes[3], "What plain PPO's critic foresees", y="explained variance, iterations 20 to 59")
+    for axis in axes[2:]:
+        describe(axis, x="rho: share of the reward's variance between prompts")
+    axes[0].legend(fontsize=8, loc="upper left")
+    return finished(figure)

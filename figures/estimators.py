@@ -22,10 +22,16 @@ def components(r: Tensor, b: Tensor) -> dict[str, float]:
 
     moved: Var_x(m_pi - m_ref). The variance of the difference of two means holds their noise too, which is taken off.
     """
-    (between, within), (between_ref, within_ref) = variance_parts(r), variance_parts(b)
+    between, within = variance_parts(r)
+    between_ref, within_ref = variance_parts(b)
     noise = within / r.shape[1] + within_ref / b.shape[1]
-    moved = (r.mean(1) - b.mean(1)).var().item() - noise
-    return {"between": between, "within": within, "between_ref": between_ref, "within_ref": within_ref, "moved": moved}
+    return {
+        "between": between,
+        "within": within,
+        "between_ref": between_ref,
+        "within_ref": within_ref,
+        "moved": (r.mean(1) - b.mean(1)).var().item() - noise,
+    }
 
 
 def law(parts: dict[str, float], k: int) -> float:
@@ -40,7 +46,8 @@ def covariance(parts: dict[str, float]) -> float:
 
 def best_share(parts: dict[str, float], k: int) -> float:
     """c* = Cov(r, b_k) / Var(b_k), kept in [0, 1] as in training."""
-    return best_coefficient(0.0, 0.0, covariance(parts), parts["between_ref"] + parts["within_ref"] / k)
+    spread = parts["between_ref"] + parts["within_ref"] / k
+    return best_coefficient(0.0, 0.0, covariance(parts), spread)
 
 
 def windows(values: Tensor, k: int, first: int = 0) -> Tensor:
@@ -64,8 +71,9 @@ def gradient_trace(square_norms: Tensor, advantages: Tensor, mean_gradient: Tens
     covariance matrix and no second pass over the samples are needed.
     """
     N = len(advantages)
-    spread = (advantages**2 * square_norms).mean() - mean_gradient @ mean_gradient
-    return (spread * N / (N - 1) / n).item()
+    second_moment = (advantages**2 * square_norms).mean()
+    variance = (second_moment - mean_gradient @ mean_gradient) * N / (N - 1)
+    return variance.item() / n
 
 
 def score_gradients(policy: Model, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,11 +82,13 @@ def score_gradients(policy: Model, batch: Batch, weights: Tensor) -> tuple[Tenso
     weights: (V, N), V kinds of advantages. One backward pass a response serves all kinds.
     """
     parameters = list(policy.parameters())
-    square_norms, means = torch.zeros(len(batch)), 0.0
+    square_norms = torch.zeros(len(batch))
+    means = 0.0
     for i in range(len(batch)):
         row = batch[[i]]
         log_prob = (response_log_probs(policy, row) * row.response_mask).sum()
-        score = torch.cat([grad.flatten() for grad in torch.autograd.grad(log_prob, parameters)])  # (P,)
+        gradients = torch.autograd.grad(log_prob, parameters)
+        score = torch.cat([gradient.flatten() for gradient in gradients])  # (P,)
         square_norms[i] = score @ score
         means = means + weights[:, i, None] * score / len(batch)
     return square_norms, means
@@ -89,8 +99,11 @@ def score_gradients(policy: Model, batch: Batch, weights: Tensor) -> tuple[Tenso
 
 def fit_line(x: Tensor, y: Tensor) -> tuple[float, float]:
     """Least squares of (N,) y on (N,) x: (slope, intercept)."""
-    slope = ((x - x.mean()) * (y - y.mean())).mean() / ((x - x.mean()) ** 2).mean()
-    return slope.item(), (y.mean() - slope * x.mean()).item()
+    dx = x - x.mean()
+    dy = y - y.mean()
+    slope = (dx * dy).mean() / (dx**2).mean()
+    intercept = y.mean() - slope * x.mean()
+    return slope.item(), intercept.item()
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
@@ -110,5 +123,7 @@ def gradient_shares(rewards: Tensor, groups: Tensor, n: int) -> Tensor:
     Without a critic the whitened reward is the advantage of every token, so these are the weights with which the
     squared scores enter the gradient.
     """
-    squares = whiten(rewards, torch.ones_like(rewards, dtype=torch.bool)).square().sum(1)  # (N,)
-    return torch.zeros(n, dtype=squares.dtype).index_add(0, groups, squares) / squares.sum()
+    everywhere = torch.ones_like(rewards, dtype=torch.bool)
+    squares = whiten(rewards, everywhere).square().sum(1)  # (N,)
+    by_group = torch.zeros(n, dtype=squares.dtype).index_add(0, groups, squares)
+    return by_group / squares.sum()

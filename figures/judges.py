@@ -8,7 +8,6 @@ hold more praise by u ~ N(1, 1); both are independent of g. A judge who reads `o
 who reads it second with the same less `position` twice; and a careless one answers at random in a share of cases.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +15,13 @@ import torch
 from torch import Tensor
 
 from crlhf.engine.files import stream
-from crlhf.evaluate import Z, mean_interval
+from crlhf.evaluate import Z
 from crlhf.judging.statistics import length_controlled, outcome_shares
-from crlhf.pipeline.plots import plt, save_figure
+from crlhf.pipeline.tables import markdown_table
 
-from .harness import SEEDS
-from .plotting import plot_points
-from .tables import distinct, markdown, plus_minus, read_rows, select, write_csv
+from .harness import Study
+from .plotting import BLUE, GREEN, ORANGE, RED, Figure, describe, finished, panels, plot_points, zero_line
+from .tables import Pair, Rows, over_seeds, plus_minus, read_results
 
 SHARPNESS = 1.7  # agrees with the truth on about three pairs in four, where delta is 0
 POWER = 0.84  # quantile: of experiments with a true difference, four in five shall see it
@@ -45,10 +44,15 @@ JUDGES = {
     "likes length": Judge(length=0.5),
     "likes praise": Judge(praise=0.5),
 }
-PROTOCOLS = ("of always first", "order drawn", "both orders", "at equal length")
+PROTOCOLS = {  # and their colours
+    "of always first": RED,
+    "order drawn": ORANGE,
+    "both orders": BLUE,
+    "at equal length": GREEN,
+}
 
 
-def judges(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:12]) -> str:
+def judges(study: Study) -> str:
     """What does each fault do to win rates, what repairs it, and how many pairs does a claim need?
 
     Endpoint: the win rate (a tie is a half) of `of` in 2,000 pairs, where the policies are equal (delta 0) and where a
@@ -62,38 +66,40 @@ def judges(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:12]) -> str:
     points about 3,000.
     """
     rows = []
-    for seed in seeds:
+    for seed in study.seeds:
         for name, who in JUDGES.items():
             for delta in DELTAS:
                 draw = stream(seed, "simulated judges", name, delta)
                 for protocol, (win_rate, ties) in measured(who, delta, PAIRS, draw).items():
-                    place = {"seed": seed, "judge": name, "delta": delta, "protocol": protocol}
-                    rows.append({**place, "win_rate": win_rate, "ties": ties})
-    write_csv(figures / "judges.csv", rows)
-    plot_judges(rows, figures / "judges.png")
-    return report(figures)
+                    row = {"seed": seed, "judge": name, "delta": delta, "protocol": protocol}
+                    rows.append({**row, "win_rate": win_rate, "ties": ties})
+    study.write(rows)
+    return study.answer(judges_report, plot_judges)
 
 
 def measured(who: Judge, delta: float, n: int, draw: torch.Generator) -> dict[str, tuple[float, float]]:
     """protocol -> (win rate of `of`, share of ties) of n pairs."""
-    g, z, u = torch.randn(3, n, generator=draw, dtype=torch.float64) + torch.tensor([[delta], [1.0], [1.0]])
+    means = torch.tensor([[delta], [1.0], [1.0]])
+    g, z, u = torch.randn(3, n, generator=draw, dtype=torch.float64) + means
     liking = who.sharpness * g + who.length * z + who.praise * u
-    first, second = (preferred(who, liking + side * who.position, draw) for side in (1, -1))  # where `of` stands
+    first = preferred(who, liking + who.position, draw)  # where `of` stands first
+    second = preferred(who, liking - who.position, draw)
     drawn = torch.where(torch.rand(n, generator=draw) < 0.5, first, second)
     both = torch.where(first == second, first, 0.5)
-    found = {"of always first": first, "order drawn": drawn, "both orders": both}
-    result = {}
-    for name, scores in found.items():
+    found = {}
+    for protocol, scores in (("of always first", first), ("order drawn", drawn), ("both orders", both)):
         shares = outcome_shares(scores)
-        result[name] = (shares["win_rate"], shares["tie"])
-    return result | {"at equal length": (length_controlled(both, z)[0], result["both orders"][1])}
+        found[protocol] = shares["win_rate"], shares["tie"]
+    found["at equal length"] = length_controlled(both, z)[0], shares["tie"]
+    return found
 
 
 def preferred(who: Judge, logits: Tensor, draw: torch.Generator) -> Tensor:
     """(N,) scores of `of`: 1 where the judge prefers it, else 0."""
     says = torch.rand(len(logits), generator=draw, dtype=torch.float64) < logits.sigmoid()
     coin = torch.rand(len(logits), generator=draw) < 0.5
-    return torch.where(torch.rand(len(logits), generator=draw) < who.careless, coin, says).double()
+    careless = torch.rand(len(logits), generator=draw) < who.careless
+    return torch.where(careless, coin, says).double()
 
 
 def pairs_needed(margin: float, ties: float = 0.0) -> float:
@@ -107,40 +113,40 @@ def pairs_needed(margin: float, ties: float = 0.0) -> float:
 # ---------------------------------------------------------------------------------------- table, figure
 
 
-def report(figures: Path) -> str:
-    rows, lines = read_rows(figures / "judges.csv"), []
+def rate(rows: Rows, name: str, delta: float, protocol: str, key: str = "win_rate") -> Pair:
+    """(mean, half) over seeds, in per cent."""
+    mean, half = over_seeds(rows, key, judge=name, delta=delta, protocol=protocol)
+    return 100 * mean, 100 * half
+
+
+def judges_report(figures: Path) -> str:
+    rows = read_results(figures, "judges")
+    lines = []
     for name in JUDGES:
         for delta in DELTAS:
             cells = [plus_minus(rate(rows, name, delta, protocol), 1) for protocol in PROTOCOLS]
             ties = rate(rows, name, delta, "both orders", "ties")[0]
             lines.append([name, f"{delta:g}", *cells, f"{ties:.0f}%"])
-    win_rates = markdown(["judge", "delta", *PROTOCOLS, "ties in both orders"], lines)
+    win_rates = markdown_table(["judge", "delta", *PROTOCOLS, "ties in both orders"], lines)
     lines = []
     for points in (5, 10, 20):
-        lines.append([str(points), *(f"{pairs_needed(points / 100, ties):.0f}" for ties in (0.0, 0.3, 0.6))])
-    needed = markdown(["wins minus losses, points", "no ties", "30% ties", "60% ties"], lines)
+        counts = [f"{pairs_needed(points / 100, ties):.0f}" for ties in (0.0, 0.3, 0.6)]
+        lines.append([str(points), *counts])
+    needed = markdown_table(["wins minus losses, points", "no ties", "30% ties", "60% ties"], lines)
     return f"Win rate in per cent:\n\n{win_rates}\n\nPairs needed for a power of 80%:\n\n{needed}"
 
 
-def rate(rows: list[dict], name: str, delta: float, protocol: str, key: str = "win_rate") -> tuple[float, float]:
-    """(mean, half) over seeds, in per cent."""
-    return mean_interval([100 * row[key] for row in select(rows, judge=name, delta=delta, protocol=protocol)])
-
-
-def plot_judges(rows: list[dict], path: Path) -> str:
+def plot_judges(figures: Path) -> Figure:
     """A panel for equal and one for unequal policies: win rates by each judge under each protocol."""
-    figure, axes = plt.subplots(1, len(DELTAS), figsize=(11, 3.8), sharey=True)
+    rows = read_results(figures, "judges")
+    figure, axes = panels(1, len(DELTAS), 11, 3.8, sharey=True)
     for axis, delta in zip(axes, DELTAS):
-        for number, (protocol, color) in enumerate(zip(PROTOCOLS, ("#D55E00", "#E69F00", "#0072B2", "#009E73"))):
+        for number, (protocol, color) in enumerate(PROTOCOLS.items()):
             pairs = [rate(rows, name, delta, protocol) for name in JUDGES]
-            places = [place + 0.13 * (number - 1.5) for place in range(len(JUDGES))]
-            plot_points(axis, places, pairs, color=color, linestyle="none", label=protocol)
-        axis.axhline(rate(rows, "fair", delta, "order drawn")[0], color="black", linewidth=0.8)
-        axis.set_xticks(
-            range(len(JUDGES)), [name.replace(" ", "\n", 1) for name in distinct(rows, "judge")], fontsize=8
-        )
-        axis.set_title("equal policies" if delta == 0 else f"a true difference of {delta:g}")
-        axis.grid(alpha=0.25)
-    axes[0].set_ylabel("win rate, per cent")
-    axes[0].legend(fontsize=8)
-    return save_figure(figure, path)
+            x = [place + 0.13 * (number - 1.5) for place in range(len(JUDGES))]
+            plot_points(axis, x, pairs, color=color, linestyle="none", label=protocol)
+        zero_line(axis, at=rate(rows, "fair", delta, "order drawn")[0])
+        axis.set_xticks(range(len(JUDGES)), [name.replace(" ", "\n", 1) for name in JUDGES], fontsize=8)
+        describe(axis, f"a true difference of {delta:g}" if delta else "equal policies")
+    describe(axes[0], y="win rate, per cent", legend="best")
+    return finished(figure)

@@ -3,35 +3,23 @@
 Nothing is added to any reward here, so what contrast changes is not mixed with what it does to a constant.
 """
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from crlhf import reviews
-from crlhf.engine.files import read_json, stream, write_json, write_jsonl
+from crlhf.engine.files import stream, write_jsonl
 from crlhf.evaluate import mean_interval
-from crlhf.pipeline.folder import seal
-from crlhf.pipeline.plots import plt, save_figure
-from crlhf.pipeline.run import run_to
-from crlhf.policy import generate
+from crlhf.pipeline.pipeline import Pipeline
+from crlhf.pipeline.tables import markdown_table
 
-from .contenders import at
-from .harness import (
-    SEEDS,
-    base_name,
-    configured,
-    copy_base,
-    held_out_rows,
-    is_finished,
-    open_run,
-    results,
-    run_jobs,
-    run_variants,
-    silent_pipeline,
-)
-from .plotting import plot_intervals
-from .tables import distinct, gains_table, markdown, plus_minus, read_rows, select, table, write_csv
+from .bases import UPSTREAM, Change, base_folder, change_bases
+from .contenders import FOUR, at
+from .harness import Label, Study, results
+from .plotting import Figure, describe, finished, panels, plot_intervals, zero_line
+from .runs import open_run, sample_texts
+from .tables import Rows, distinct, endpoints_report, plus_minus, read_results, results_table, select
 
 FLIPS = {
     "flips 0": {"world.label_flips": 0.0},
@@ -41,13 +29,12 @@ FLIPS = {
     "topic flips 0.5": {"world.label_flips": 0.5, "world.flips": "topic"},
     "response noise 1": {"world.score_noise": 1.0},
 }
-TOPIC_FREE, ON_TOPIC = "flips 0", "topic flips 0.5"
+RIGHT, WRONG = "flips 0", "topic flips 0.5"  # labels on the topic, where trust is measured
 UNSEEN = {"prompts seen": 3, "prompts unseen": 1}  # sentences in the openings of the reward model's pairs; PPO's have 3
-METHODS = ("ppo", "contrastive", "adaptive", "RLOO")
-RESPONSES = 16  # to each prompt, where trust is measured
+SAMPLES = 16  # to each prompt, where trust is measured
 
 
-def labels(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:12]) -> str:
+def labels(study: Study) -> str:
     """Without constants: does contrast withstand wrong labels, trust a doubtful topic less, or help on unseen prompts?
 
     Endpoints: mean true reward over all iterations; held-out true reward at the end. Twelve seeds; Holm's correction
@@ -61,107 +48,107 @@ def labels(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:12]) -> str:
     are further off: there contrast gains, if anywhere here. (4) Noise on each response, of sd 1, is in the baselines
     too: 1 + 1/k times its variance. All lose, contrastive PPO by at most 0.03 more, RLOO least of the four.
     """
-    variants = {(setting, method): at(method, flips) for setting, flips in FLIPS.items() for method in METHODS}
-    unseen = {(name, method): at(method, {}, base=name) for name in UNSEEN for method in METHODS}
-    runs = run_variants(root, variants, seeds, "labels")
-    folders = [root / f"seed{seed}" for seed in seeds]
-    jobs = [(openings_base, f, s, name) for f, s in zip(folders, seeds) for name in UNSEEN if not is_finished(f / name)]
-    run_jobs(jobs, "reward models of other openings")
-    rows = results(runs | run_variants(root, unseen, seeds, "unseen prompts"))
-    write_csv(figures / "labels.csv", rows)
-    files = {seed: root / f"seed{seed}" / "trust.json" for seed in seeds}
-    run_jobs([(measure_trust, file, root, seed) for seed, file in files.items() if not file.exists()], "trust")
-    trust = [row for file in files.values() for row in read_json(file)]
-    write_csv(figures / "labels_trust.csv", trust)
-    plot_labels(rows, figures / "labels.png")
-    return report(figures)
+    flipped = {(setting, method): at(method, flips) for setting, flips in FLIPS.items() for method in FOUR}
+    runs = study.run(flipped)
+    changes = [Change(name, partial(other_openings, name=name), {}, UPSTREAM[:3]) for name in UNSEEN]
+    change_bases(study.root, study.seeds, changes)
+    unseen = {(name, method): at(method, {}, base=name) for name in UNSEEN for method in FOUR}
+    runs |= study.run(unseen)
+    study.write(results(runs))
+    bases = {}
+    for seed in study.seeds:
+        for setting in (RIGHT, WRONG):
+            bases[(setting, "base"), seed] = base_folder(study.root, seed, FLIPS[setting])
+    study.write(study.measure(measure_trust, bases, "trust"), "_trust")
+    return study.answer(labels_report, plot_labels)
 
 
-def report(figures: Path) -> str:
-    rows, trust = read_rows(figures / "labels.csv"), read_rows(figures / "labels_trust.csv")
-    parts = [table(rows, "labels")]
-    for key, name in (("mean_gold", "Gold over all iterations"), ("gold", "Held-out gold at the end")):
-        parts.append(f"{name}, minus plain PPO:\n\n{gains_table(rows, METHODS[1:], key, 'labels')}")
-    return "\n\n".join([*parts, trust_table(trust)])
+def labels_report(figures: Path) -> str:
+    rows = read_results(figures, "labels")
+    trust = read_results(figures, "labels_trust")
+    return "\n\n".join([results_table(rows, "labels"), endpoints_report(rows, FOUR[1:], "labels"), trust_table(trust)])
 
 
-def openings_base(folder: Path, seed: int, name: str) -> None:
-    """In a process of its own: a base whose prompts have three sentences, and the reward model's pairs three or one."""
-    source, target = folder / base_name({}), folder / name
-    copy_base(source, target, ("data", "sft", "preferences"))
-    pipeline = silent_pipeline(configured(target, seed, "contrastive", {}))
-    world, tokenizer, length = pipeline.config.world, pipeline.tokenizer(), pipeline.config.data.max_response_tokens
-    three = openings(world.train_prompts + world.eval_prompts, 3, f"{seed}-three")
-    for which, prompts in (("train", three[: world.train_prompts]), ("eval", three[world.train_prompts :])):
-        write_jsonl(target / "data" / f"{which}_prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
-    seal(target / "data")
-    prompts, sides = openings(world.pairs, UNSEEN[name], f"{seed}-pairs-{name}"), []
-    for side in (0, 1):
-        draw = stream(seed, name, side)
-        sides.append(generate(pipeline.model("sft"), tokenizer, prompts, length, generator=draw)[0])
-    pairs = reviews.make_preferences(prompts, *sides, f"{seed}-{name}", world.label_flips)
-    write_jsonl(target / "preferences" / "preferences.jsonl", pairs)
-    seal(target / "preferences")
-    run_to(pipeline, "baselines", redo=True)
-    write_jsonl(target / "held_out.jsonl", held_out_rows(pipeline, "sft"))
+# ------------------------------------------------------------------------------------------ other openings
+
+
+def other_openings(pipeline: Pipeline, name: str) -> None:
+    """Prompts of three sentences, and a reward model's pairs of three or of one."""
+    seed = pipeline.config.run.seed
+    world = pipeline.config.world
+    prompts = openings(world.train_prompts + world.eval_prompts, 3, f"{seed}-three")
+    parts = {"train": prompts[: world.train_prompts], "eval": prompts[world.train_prompts :]}
+    for part, own in parts.items():
+        write_jsonl(pipeline.path("data") / f"{part}_prompts.jsonl", [{"prompt": prompt} for prompt in own])
+    prompts = openings(world.pairs, UNSEEN[name], f"{seed}-pairs-{name}")
+    policy = pipeline.model("sft")
+    first = sample_texts(pipeline, policy, prompts, stream(seed, name, 0))[1]
+    second = sample_texts(pipeline, policy, prompts, stream(seed, name, 1))[1]
+    pairs = reviews.make_preferences(prompts, first, second, f"{seed}-{name}", world.label_flips)
+    write_jsonl(pipeline.path("preferences") / "preferences.jsonl", pairs)
 
 
 def openings(n: int, sentences: int, seed: str) -> list[str]:
     """n openings of so many sentences. Of one sentence there are few different ones, so they come again and again."""
-    found = [prompt for prompt in reviews.make_prompts(6 * n, seed) if prompt.count(".") == sentences]
-    return (found * (n // len(found) + 1))[:n]
+    fitting = [prompt for prompt in reviews.make_prompts(6 * n, seed) if prompt.count(".") == sentences]
+    return (fitting * (n // len(fitting) + 1))[:n]
 
 
 # ------------------------------------------------------------------------------------------------- trust
 
 
-def measure_trust(file: Path, root: Path, seed: int) -> None:
-    """In a process of its own: how large r - b is on the topic and off it, with right labels and with wrong ones."""
+def measure_trust(seed: int, bases: dict[Label, Path]) -> Rows:
+    """How large r - b is on the topic and off it, with right labels and with wrong ones."""
     rows = []
-    for setting in (TOPIC_FREE, ON_TOPIC):
-        pipe = open_run(root / f"seed{seed}" / base_name(FLIPS[setting]))
-        prompts, length = pipe.prompts("eval"), pipe.config.data.max_response_tokens
-        draw = stream(seed, "trust")
-        responses = generate(pipe.model("sft"), pipe.tokenizer(), prompts, length, generator=draw, k=RESPONSES)[0]
-        texts = [prompt for prompt in prompts for _ in range(RESPONSES)], responses
-        rewards = pipe.reward_callable("train")(*texts).view(-1, RESPONSES)
-        gold = reviews.gold_reward(*texts).view(-1, RESPONSES)
-        r, g = (values - values.mean(1, keepdim=True) for values in (rewards, gold))
-        about = torch.tensor([reviews.TOPIC in reviews.read_review(prompt).tones for prompt in prompts])
+    for (setting, _), base in bases.items():
+        pipe = open_run(base)
+        held_out = pipe.prompts("eval")
+        prompts, responses, _ = sample_texts(pipe, pipe.model("sft"), held_out, stream(seed, "trust"), SAMPLES)
+        rewards = pipe.reward_callable("train")(prompts, responses).view(-1, SAMPLES)
+        gold = reviews.gold_reward(prompts, responses).view(-1, SAMPLES)
+        r = rewards - rewards.mean(1, keepdim=True)
+        g = gold - gold.mean(1, keepdim=True)
+        about = torch.tensor([reviews.TOPIC in reviews.read_review(prompt).tones for prompt in held_out])
         for name, chosen in (("on the topic", about), ("off it", ~about)):
             slope = (r[chosen] * g[chosen]).sum() / g[chosen].square().sum()
-            place = {"seed": seed, "setting": setting, "prompts": name}
-            rows.append({**place, "size": r[chosen].abs().mean().item(), "slope": slope.item()})
-    write_json(file, rows)
+            size = r[chosen].abs().mean()
+            row = {"seed": seed, "setting": setting, "prompts": name}
+            rows.append({**row, "size": size.item(), "slope": slope.item()})
+    return rows
 
 
-def plot_labels(rows: list[dict], path: Path) -> str:
+def topic_ratios(trust: Rows, quantity: str, setting: str) -> list[float]:
+    """For each seed a quantity on the topic over that off it."""
+    ratios = []
+    for seed in distinct(trust, "seed"):
+        on, off = select(trust, seed=seed, setting=setting)
+        ratios.append(on[quantity] / off[quantity])
+    return ratios
+
+
+def trust_table(trust: Rows) -> str:
+    """Mean |r - b|, and slope of r on gold within prompts, on the topic over off it; and what wrong labels change."""
+    lines = []
+    for quantity, name in (("size", "mean size of r - b"), ("slope", "slope of r on gold")):
+        right = topic_ratios(trust, quantity, RIGHT)
+        wrong = topic_ratios(trust, quantity, WRONG)
+        change = [b / a for a, b in zip(right, wrong)]
+        lines.append([name, *(plus_minus(mean_interval(ratios)) for ratios in (right, wrong, change))])
+    head = ["on the topic / off it", "right labels", "half of the topic's wrong", "ratio of the two"]
+    return markdown_table(head, lines)
+
+
+def plot_labels(figures: Path) -> Figure:
     """Gold of every method under each kind of labels, and what each adds to plain PPO over the run."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6))
-    plot_intervals(left, rows, METHODS, line="none")
-    plot_intervals(right, rows, METHODS[1:], "mean_gold", "ppo", line="none")
-    left.set(ylabel="held-out gold", title="At the end")
-    right.set(ylabel="gold minus plain PPO's, paired", title="Over the whole run")
-    right.axhline(0, color="black", linewidth=0.8)
+    rows = read_results(figures, "labels")
+    figure, (left, right) = panels(1, 2, 12, 4.6)
+    plot_intervals(left, rows, FOUR)
+    describe(left, "At the end", y="held-out gold")
+    plot_intervals(right, rows, FOUR[1:], "mean_gold", "ppo")
+    describe(right, "Over the whole run", y="gold minus plain PPO's, paired")
+    zero_line(right)
     for axis in (left, right):
-        axis.set_xlabel("labels, rewards and prompts")
+        describe(axis, x="labels, rewards and prompts")
         axis.tick_params(axis="x", labelsize=8, rotation=25)
     right.legend(*left.get_legend_handles_labels(), fontsize=8, loc="upper left")
-    return save_figure(figure, path)
-
-
-def trust_table(trust: list[dict]) -> str:
-    """Mean |r - b|, and slope of r on gold within prompts, on the topic over off it; and what wrong labels change."""
-    lines, ratios = [], {}
-    for quantity in ("size", "slope"):
-        for setting in (TOPIC_FREE, ON_TOPIC):
-            ratios[quantity, setting] = []
-            for seed in distinct(trust, "seed"):
-                on, off = (row[quantity] for row in select(trust, seed=seed, setting=setting))
-                ratios[quantity, setting].append(on / off)
-        right, wrong = ratios[quantity, TOPIC_FREE], ratios[quantity, ON_TOPIC]
-        change = [b / a for a, b in zip(right, wrong)]
-        lines.append([quantity, *(plus_minus(mean_interval(values)) for values in (right, wrong, change))])
-    names = {"size": "mean size of r - b", "slope": "slope of r on gold"}
-    lines = [[names[first], *rest] for first, *rest in lines]
-    return markdown(["on the topic / off it", "right labels", "half of the topic's wrong", "ratio of the two"], lines)
+    return finished(figure)

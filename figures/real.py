@@ -1,10 +1,13 @@
-"""Two runs of a pretrained model: what its reward model's numbers look like, what the law says of them, what PPO made.
+"""Runs of a pretrained model: what its reward model's numbers look like, what the law says of them, what PPO made.
 
 Such a run takes hours on a CPU and needs a model's weights, so it is not made here: COMMANDS say how to make one, and
-this file reads the numbers it left. Of texts it shows those of the embedded reviews only: HH-RLHF's are offensive in
-places.
+this file reads the numbers it left. `real` looks at two runs, `real_seeds` at those of the same commands with other
+seeds: what is luck in one run, and what isn't? A seed changes all that was drawn: openings, demonstrations, pairs and
+their labels, the reward model, every response. Of texts it shows those of the embedded reviews only: HH-RLHF's are
+offensive in places.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,11 +23,13 @@ from crlhf.evaluate import Z, column, mean_interval, wilson_interval
 from crlhf.law import best_share, measured_law, variance_ratio, within_correlation
 from crlhf.pipeline.options import parse_command_line
 from crlhf.pipeline.output import fenced
-from crlhf.pipeline.plots import STYLES, plot_curve, plt, save_figure, smooth
+from crlhf.pipeline.plots import STYLES, plot_curve, save_figure, smooth
 from crlhf.pipeline.report import samples_text
+from crlhf.pipeline.tables import markdown_table
 
-from .real_panels import plot_ratio, plot_scatter
-from .tables import markdown, plus_minus, write_csv
+from .harness import Study
+from .plotting import BLUE, RED, Axes, Figure, describe, panels, plot_points, plot_rows, zero_line
+from .tables import Pair, Rows, plus_minus, read_results, select
 
 SIZES = "--ppo-critic shared --ppo-batch-size 16 --ppo-minibatches 2 --ppo-epochs 1 --ppo-lr 2e-5"
 COMMANDS = {
@@ -43,9 +48,20 @@ LOGGED = ("reward", "gold", "kl_k3", "ended", "response_length", "explained_vari
 LOGGED += ("contrastive_variance", "coefficient")  # empty where a method has none
 FIRST, LAST = 3, 10  # iterations
 DRAWS = 2000  # of a bootstrap
+COMPARED = ("contrastive", "adaptive")  # with plain PPO, over the seeds
+SEEDS_LAW = {  # the columns of real_seeds' first table: title -> quantity
+    "pairs right, by labels": "held-out pairs ordered as by labels",
+    "by gold": "held-out pairs ordered as by gold",
+    "rho": "rho",
+    "predicted ratio": "predicted Var(r - b) / Var(r)",
+    "last 10 iterations": "contrastive: measured ratio, last 10 iterations",
+    "c*": "best share c*",
+    "share in the end": "adaptive: coefficient, last 10 iterations",
+}
+Interval = tuple[float | str, float | str]  # (low, high) of 95%; empty where there is none
 
 
-def real(root: Path, figures: Path) -> str:
+def real(study: Study) -> str:
     """Do the law and the comparison hold for a pretrained model, on data with and without a known true reward?
 
     Prediction. (1) Some 500 pairs with 10% wrong labels order 65 to 85% of held-out labels right; HH-RLHF, with fewer
@@ -55,25 +71,51 @@ def real(root: Path, figures: Path) -> str:
     (1 - rho) (1 + 1 / k); later it grows, as the baselines go stale. (4) With one seed and 64 held-out prompts no
     difference between the methods leaves its interval.
     """
-    runs = [root.parent / name for name in COMMANDS if finished(root.parent / name)]
+    folder = study.root.parent
+    runs = [folder / name for name in COMMANDS if finished_stages(folder / name)]
     if not runs:
+        where = " and ".join(str(folder / name) for name in COMMANDS)
         ways = " or '".join(f"{command}'" for command in COMMANDS.values())
-        where = " and ".join(str(root.parent / name) for name in COMMANDS)
-        mend = (
-            f"make one, which takes hours on a CPU, by '{ways}; FOLDER holds SmolLM2-135M-Instruct, FILE HH-RLHF's rows"
-        )
-        raise UserError(f"there are no runs in {where}: {mend}")
-    made = {}
-    for name, rows_of in (("curves", curve_rows), ("law", law_rows), ("results", result_rows), ("cost", cost_rows)):
-        made[name] = [row for run in runs for row in rows_of(run)]
-        if made[name]:
-            write_csv(figures / f"real_{name}.csv", made[name])
+        files = "FOLDER holds SmolLM2-135M-Instruct, FILE HH-RLHF's rows"
+        mend = f"make one, which takes hours on a CPU, by '{ways}; {files}"
+        raise UserError(f"there are no runs in {where}", mend)
+    write_numbers(study, runs, {"law": law_rows, "results": result_rows, "cost": cost_rows, "curves": curve_rows})
     for run in runs:
-        plot_run(run, figures / f"{run.name}.png")
-    return report(runs, made)
+        plot_run(run, study.figures / f"{run.name}.png")
+    return real_report(runs)
 
 
-def finished(run: Path) -> list[str]:
+def real_seeds(study: Study) -> str:
+    """Does what one run of a pretrained model showed hold for other seeds?
+
+    Prediction: none was written for these; their settings and endpoints are those of `real`, fixed before any of them
+    ran, and so are its predictions: rho below 0.2 for the reviews and above it for HH-RLHF, a ratio that grows as the
+    baselines go stale, and no difference between the methods beyond its interval.
+    """
+    folder = study.root.parent
+    seeded = [run for name in COMMANDS for run in sorted(folder.glob(f"{name}_[0-9]*"))]
+    runs = [run for run in seeded if "baselines" in finished_stages(run)]
+    if not runs:
+        what = f"there are no runs with baselines in {folder / 'real_reviews_1'}, ..."
+        raise UserError(what, f"make some by '{seeded_command(1)}'")
+    write_numbers(study, runs, {"law": law_rows, "results": result_rows, "cost": cost_rows})
+    return study.answer(real_seeds_report, plot_real_seeds)
+
+
+def write_numbers(study: Study, runs: list[Path], parts: dict[str, Callable[[Path], Rows]]) -> None:
+    """NAME_PART.csv of each part, as far as the runs have got."""
+    for part, rows_of in parts.items():
+        rows = [row for run in runs for row in rows_of(run)]
+        if rows:
+            study.write(rows, f"_{part}")
+
+
+def seeded_command(seed: int) -> str:
+    """What makes one of the runs: the command of `real` with a seed and a folder of its own."""
+    return COMMANDS["real_reviews"].replace("runs/real_reviews", f"runs/real_reviews_{seed} --seed {seed}")
+
+
+def finished_stages(run: Path) -> list[str]:
     """The stages of a run that are whole, in order."""
     return [name for name in STAGES if (run / name / "stage.json").exists()]
 
@@ -86,180 +128,235 @@ def is_world(run: Path) -> bool:
 # ------------------------------------------------------------------------------------------- rows of the CSVs
 
 
-def metrics(run: Path) -> dict[str, list[dict]]:
+def metrics_of(run: Path) -> dict[str, Rows]:
     """method -> rows of metrics.jsonl, of PPO's methods."""
-    return {
-        name: read_jsonl(run / name / "metrics.jsonl") for name in finished(run) if name in METHODS and name != "dpo"
-    }
+    methods = [name for name in finished_stages(run) if name in METHODS and name != "dpo"]
+    return {name: read_jsonl(run / name / "metrics.jsonl") for name in methods}
 
 
-def curve_rows(run: Path) -> list[dict]:
+def curve_rows(run: Path) -> Rows:
     rows = []
-    for method, steps in metrics(run).items():
+    for method, steps in metrics_of(run).items():
         for step in steps:
-            place = {"run": run.name, "method": method, "iteration": step["iteration"]}
-            rows.append(place | {name: step.get(name, "") for name in LOGGED})
+            row = {"run": run.name, "method": method, "iteration": step["iteration"]}
+            rows.append(row | {name: step.get(name, "") for name in LOGGED})
     return rows
 
 
-def law_rows(run: Path) -> list[dict]:
+def law_rows(run: Path) -> Rows:
     """Rows {run, quantity, value, low, high, n}: low and high bound a 95% interval, n counts what it rests on."""
-    stages, rows = finished(run), []
-
-    def add(quantity: str, value: float, interval: tuple = ("", ""), n: int | str = "") -> None:
-        low, high = interval
-        rows.append({"run": run.name, "quantity": quantity, "value": value, "low": low, "high": high, "n": n})
-
+    stages = finished_stages(run)
+    rows = []
     if "preferences" in stages:
-        add("pairs trained on", len(read_jsonl(run / "preferences" / "preferences.jsonl")))
+        pairs = read_jsonl(run / "preferences" / "preferences.jsonl")
+        rows.append(quantity("pairs trained on", len(pairs)))
     if "reward" in stages:
-        accuracy = read_json(run / "reward" / "accuracy.json")
-        for judge in ("labels", "gold"):
-            if judge in accuracy:
-                n = accuracy["pairs"]
-                interval = wilson_interval(round(accuracy[judge] * n), n)
-                add(f"held-out pairs ordered as by {judge}", accuracy[judge], interval, n)
-    if "baselines" not in stages:
-        return rows
-    samples = read_jsonl(run / "baselines" / "baselines.jsonl")
-    noted, (rewards, ended) = read_json(run / "baselines" / "variance.json"), baseline_rewards(samples)
-    (N, k), law = rewards.shape, measured_law(rewards)
-    rho, half = law["rho"], Z * law["rho_se"]
-    add("responses that ended", noted["ended"], wilson_interval(int(ended.sum()), N * k), N * k)
-    for name in ("between", "within", "rho"):
-        add(name, law[name], margin(law[name], Z * law[f"{name}_se"]), N)
+        rows += accuracy_quantities(read_json(run / "reward" / "accuracy.json"))
+    if "baselines" in stages:
+        samples = read_jsonl(run / "baselines" / "baselines.jsonl")
+        rewards, ended = baseline_rewards(samples)
+        rows += baseline_quantities(run, samples, rewards, ended)
+        rows += predicted_quantities(rewards, read_json(run / "config.json")["ppo"]["batch_size"])
+        rows += measured_quantities(metrics_of(run))
+    return [{"run": run.name, **row} for row in rows]
+
+
+def quantity(name: str, value: float, interval: Interval = ("", ""), n: int | str = "") -> dict:
+    low, high = interval
+    return {"quantity": name, "value": value, "low": low, "high": high, "n": n}
+
+
+def accuracy_quantities(accuracy: dict) -> Rows:
+    """How often the reward model orders held-out pairs as their labels do, and as gold does."""
+    rows = []
+    n = accuracy["pairs"]
+    for judge in ("labels", "gold"):
+        if judge in accuracy:
+            interval = wilson_interval(round(accuracy[judge] * n), n)
+            rows.append(quantity(f"held-out pairs ordered as by {judge}", accuracy[judge], interval, n))
+    return rows
+
+
+def baseline_quantities(run: Path, samples: Rows, rewards: Tensor, ended: Tensor) -> Rows:
+    """What the (N, k) rewards of the baselines are like, and what they go with."""
+    N, k = rewards.shape
+    noted = read_json(run / "baselines" / "variance.json")
+    law = measured_law(rewards)
+    rows = [quantity("responses that ended", noted["ended"], wilson_interval(int(ended.sum()), N * k), N * k)]
+    rows += [quantity(name, law[name], law_interval(law, name), N) for name in ("between", "within", "rho")]
     links = {"having ended": noted["ended_correlation"], "length": noted["length_correlation"]}
     if is_world(run):
         gold = gold_of(run, samples)
-        links["gold"], of_gold = within_correlation(rewards, gold), measured_law(gold)
-        add("rho of gold", of_gold["rho"], margin(of_gold["rho"], Z * of_gold["rho_se"]), N)
+        of_gold = measured_law(gold)
+        rows.append(quantity("rho of gold", of_gold["rho"], law_interval(of_gold, "rho"), N))
         r = torch.corrcoef(torch.stack([rewards.mean(1), gold.mean(1)]))[0, 1].item()
-        add("correlation of prompts' means with gold's", r, fisher(r, N - 1), N)
+        rows.append(quantity("correlation of prompts' means with gold's", r, fisher(r, N - 1), N))
+        links["gold"] = within_correlation(rewards, gold)
     for name, r in links.items():
-        add(f"correlation within a prompt with {name}", r, fisher(r, N * (k - 1)), N)
-    add("k", k)
-    predicted = variance_ratio(rho, k), (variance_ratio(rho + half, k), variance_ratio(rho - half, k))
-    add("predicted Var(r - b) / Var(r)", *predicted, N)
-    share = best_share(rho, k)
-    add("best share c*", share, (best_share(rho - half, k), best_share(rho + half, k)), N)
-    add("predicted Var(r - c* b) / Var(r)", variance_ratio(rho, k, share), n=N)
-    size = read_json(run / "config.json")["ppo"]["batch_size"]
-    add(f"range of it over {FIRST} batches of {size}", predicted[0], expected_range(rewards, FIRST, size), FIRST * size)
-    steps = {method: rows for method, rows in metrics(run).items() if METHODS[method].contrast}
-    for method, own in steps.items():
-        first, last = own[:FIRST], own[-LAST:]
-        add(f"{method}: measured ratio, first {FIRST} iterations", pooled(first).item(), n=len(first))
-        add(f"{method}: measured ratio, last {LAST} iterations", pooled(last).item(), resampled(last), len(last))
-        add(f"{method}: coefficient, last {LAST} iterations", sum(row["coefficient"] for row in last) / len(last))
+        rows.append(quantity(f"correlation within a prompt with {name}", r, fisher(r, N * (k - 1)), N))
     return rows
 
 
-def margin(value: float, half: float) -> tuple[float, float]:
-    return value - half, value + half
+def predicted_quantities(rewards: Tensor, batch_size: int) -> Rows:
+    """What the law makes of the baselines' (N, k) rewards."""
+    N, k = rewards.shape
+    law = measured_law(rewards)
+    rho = law["rho"]
+    low, high = law_interval(law, "rho")
+    ratio, bounds_of_ratio = predicted_ratio(law, k)
+    share = best_share(rho, k)
+    few = expected_range(rewards, FIRST, batch_size)
+    return [
+        quantity("k", k),
+        quantity("predicted Var(r - b) / Var(r)", ratio, bounds_of_ratio, N),
+        quantity("best share c*", share, (best_share(low, k), best_share(high, k)), N),
+        quantity("predicted Var(r - c* b) / Var(r)", variance_ratio(rho, k, share), n=N),
+        quantity(f"range of it over {FIRST} batches of {batch_size}", ratio, few, FIRST * batch_size),
+    ]
 
 
-def fisher(r: float, df: int) -> tuple[float, float]:
+def predicted_ratio(law: dict[str, float], k: int) -> tuple[float, Pair]:
+    """Var(r - b) / Var(r) and its 95% interval, by the law."""
+    low, high = law_interval(law, "rho")
+    return variance_ratio(law["rho"], k), (variance_ratio(high, k), variance_ratio(low, k))
+
+
+def measured_quantities(metrics: dict[str, Rows]) -> Rows:
+    """What contrast did to the variance of PPO's batches, at first and at the end."""
+    rows = []
+    for method, steps in metrics.items():
+        if METHODS[method].contrast:
+            first = steps[:FIRST]
+            last = steps[-LAST:]
+            coefficient = sum(row["coefficient"] for row in last) / len(last)
+            ratio = f"{method}: measured ratio"
+            rows.append(quantity(f"{ratio}, first {FIRST} iterations", pooled(first).item(), n=len(first)))
+            rows.append(quantity(f"{ratio}, last {LAST} iterations", pooled(last).item(), resampled(last), len(last)))
+            rows.append(quantity(f"{method}: coefficient, last {LAST} iterations", coefficient))
+    return rows
+
+
+def law_interval(law: dict[str, float], name: str) -> Pair:
+    half = Z * law[f"{name}_se"]
+    return law[name] - half, law[name] + half
+
+
+def fisher(r: float, df: int) -> Pair:
     """95% interval of a correlation with df degrees of freedom, by Fisher's z. It takes responses as independent."""
     z = torch.tensor(min(max(r, -0.999999), 0.999999), dtype=torch.float64).atanh()
-    return tuple((z + sign * Z / max(df - 2, 1) ** 0.5).tanh().item() for sign in (-1, 1))
+    half = Z / max(df - 2, 1) ** 0.5
+    return (z - half).tanh().item(), (z + half).tanh().item()
 
 
-def gold_of(run: Path, samples: list[dict]) -> Tensor:
+def gold_of(run: Path, samples: Rows) -> Tensor:
     """(N, k) true scores of the baselines' responses."""
     length = read_json(run / "config.json")["data"]["max_response_tokens"]
-    return torch.stack(
-        [reviews.gold_reward([s["prompt"]] * len(s["responses"]), s["responses"], length) for s in samples]
-    )
+    scores = []
+    for row in samples:
+        prompts = [row["prompt"]] * len(row["responses"])
+        scores.append(reviews.gold_reward(prompts, row["responses"], length))
+    return torch.stack(scores)
 
 
-def expected_range(rewards: Tensor, batches: int, size: int) -> tuple[float, float]:
+def expected_range(rewards: Tensor, batches: int, size: int) -> Pair:
     """In which 95% of ratios over so few batches fall while the policy is still the SFT policy: prompts drawn from
     (N, k) rewards, one response of each, its baseline the mean of the others. The law takes it from k - 1 to k."""
     N, k = rewards.shape
     draws = (DRAWS, batches, size)
-    rows, columns = (torch.randint(n, draws, generator=stream(0, "real", n, i)) for i, n in enumerate((N, k)))
-    r, b = rewards[rows, columns], leave_one_out(rewards.flatten(), k).view(N, k)[rows, columns]
+    rows = torch.randint(N, draws, generator=stream(0, "real", N, 0))
+    columns = torch.randint(k, draws, generator=stream(0, "real", k, 1))
+    r = rewards[rows, columns]
+    b = leave_one_out(rewards.flatten(), k).view(N, k)[rows, columns]
     ratios = (r - b).var(2, correction=0).sum(1) / r.var(2, correction=0).sum(1)
     return bounds(ratios * variance_ratio(0.0, k) / variance_ratio(0.0, k - 1))
 
 
-def pooled(steps: list[dict], rows: Tensor | None = None) -> Tensor:
+def pooled(steps: Rows, rows: Tensor | None = None) -> Tensor:
     """Summed variance of the contrastive reward over that of the raw one. rows: (..., n) numbers of the steps."""
-    contrastive, raw = column(steps, "contrastive_variance"), column(steps, "reward_variance")
-    rows = torch.arange(len(steps)) if rows is None else rows
+    contrastive = column(steps, "contrastive_variance")
+    raw = column(steps, "reward_variance")
+    if rows is None:
+        rows = torch.arange(len(steps))
     return contrastive[rows].sum(-1) / raw[rows].sum(-1)
 
 
-def resampled(steps: list[dict]) -> tuple[float, float]:
+def resampled(steps: Rows) -> Pair:
     """95% interval of `pooled` by bootstrap over iterations, as if these were independent."""
     n = len(steps)
     return bounds(pooled(steps, torch.randint(n, (DRAWS, n), generator=stream(0, "real", "bootstrap"))))
 
 
-def bounds(values: Tensor) -> tuple[float, float]:
+def bounds(values: Tensor) -> Pair:
     low, high = values.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 
-def result_rows(run: Path) -> list[dict]:
+def result_rows(run: Path) -> Rows:
     """One row a method: means over held-out prompts, half-widths of 95% intervals, paired differences to plain PPO."""
-    if "evaluation" not in finished(run):
-        return []
-    held_out, rows = evaluations(run), []
+    rows = []
+    held_out = evaluations(run) if "evaluation" in finished_stages(run) else {}
     for method, own in held_out.items():
-        n, ended = len(own), int(column(own, "ended").sum())
+        n = len(own)
+        ended = int(column(own, "ended").sum())
         row = {"run": run.name, "method": method, "n": n, "ended": ended / n}
         row["ended_low"], row["ended_high"] = wilson_interval(ended, n)
         for name in ("reward", "gold", "kl"):
-            known = name in own[0]
-            row[name], row[f"{name}_half"] = mean_interval(column(own, name)) if known else ("", "")
+            mean = gap = ("", "")
+            if name in own[0]:
+                mean = mean_interval(column(own, name))
+                if method != "ppo" and "ppo" in held_out:
+                    gap = mean_interval(column(own, name) - column(held_out["ppo"], name))
+            row[name], row[f"{name}_half"] = mean
             if name != "kl":
-                paired = known and method != "ppo" and "ppo" in held_out
-                gap = mean_interval(column(own, name) - column(held_out["ppo"], name)) if paired else ("", "")
                 row[f"{name}_minus_ppo"], row[f"{name}_minus_ppo_half"] = gap
         rows.append(row)
     return rows
 
 
-def evaluations(run: Path) -> dict[str, list[dict]]:
+def evaluations(run: Path) -> dict[str, Rows]:
     """method -> rows on the held-out prompts, of SFT and all methods."""
     files = {method: run / "evaluation" / f"{method}.jsonl" for method in ("sft", *METHODS)}
     return {method: read_jsonl(file) for method, file in files.items() if file.exists()}
 
 
-def cost_rows(run: Path) -> list[dict]:
+def cost_rows(run: Path) -> Rows:
     rows = []
-    for name in finished(run):
+    for name in finished_stages(run):
         cost = read_json(run / name / "cost.json")
         rows.append({"run": run.name, "stage": name, "seconds": cost["seconds"], "peak_gb": cost["peak_bytes"] / 1e9})
     return rows
 
 
-# ------------------------------------------------------------------------------------------------- the page
+# ------------------------------------------------------------------------------------------------ real.md
 
 
-def report(runs: list[Path], made: dict[str, list[dict]]) -> str:
-    """real.md: the tables, the reviews' samples, and how to make the runs. made: name -> rows of its CSV."""
-    parts = []
-    for run in runs:
-        left = [name for name in stages_of(run) if name not in finished(run)]
-        note = f" Not finished: {', '.join(left)}." if left else ""
-        changed = other_settings(run)
-        note += f" Made with other settings than its command below: {', '.join(changed)}." if changed else ""
-        own = {name: [row for row in rows if row["run"] == run.name] for name, rows in made.items()}
-        parts.append(f"## {run.name}: {TITLES[run.name]}\n\nOne seed.{note} Intervals are 95%.")
-        head = ["quantity", "value", "95% interval", "from"]
-        parts.append(markdown(head, [[row["quantity"], *law_cells(row)] for row in own["law"]]))
-        if own["results"]:
-            head = ["method", "reward", "gold", "KL", "ended", "reward minus ppo", "gold minus ppo"]
-            parts.append(markdown(head, [result_cells(row) for row in own["results"]]))
-        lines = [[row["stage"], f"{row['seconds']:.0f}", f"{row['peak_gb']:.1f}"] for row in own["cost"]]
-        seconds, peak = sum(row["seconds"] for row in own["cost"]), max(row["peak_gb"] for row in own["cost"])
-        parts.append(markdown(["stage", "seconds", "peak GB"], [*lines, ["together", f"{seconds:.0f}", f"{peak:.1f}"]]))
-        if own["results"] and is_world(run):
-            parts.append(fenced(samples_text(evaluations(run), "gold")))
-    commands = fenced("\n".join(COMMANDS[run] for run in COMMANDS))
-    return "\n\n".join([*parts, f"## How to make them\n\n{commands}\n\n{WEIGHTS}"])
+def real_report(runs: list[Path]) -> str:
+    """The tables of each run, the reviews' samples, and how to make the runs."""
+    commands = fenced("\n".join(COMMANDS.values()))
+    return "\n\n".join([*(run_report(run) for run in runs), f"## How to make them\n\n{commands}\n\n{WEIGHTS}"])
+
+
+def run_report(run: Path) -> str:
+    left = [name for name in stages_of(run) if name not in finished_stages(run)]
+    other = other_settings(run)
+    note = f" Not finished: {', '.join(left)}." if left else ""
+    note += f" Made with other settings than its command below: {', '.join(other)}." if other else ""
+    parts = [f"## {run.name}: {TITLES[run.name]}\n\nOne seed.{note} Intervals are 95%."]
+    lines = [[row["quantity"], *law_cells(row)] for row in law_rows(run)]
+    parts.append(markdown_table(["quantity", "value", "95% interval", "from"], lines))
+    results = result_rows(run)
+    if results:
+        head = ["method", "reward", "gold", "KL", "ended", "reward minus ppo", "gold minus ppo"]
+        parts.append(markdown_table(head, [result_cells(row) for row in results]))
+    costs = cost_rows(run)
+    together = sum(row["seconds"] for row in costs)
+    peak = max(row["peak_gb"] for row in costs)
+    lines = [[row["stage"], f"{row['seconds']:.0f}", f"{row['peak_gb']:.1f}"] for row in costs]
+    lines.append(["together", f"{together:.0f}", f"{peak:.1f}"])
+    parts.append(markdown_table(["stage", "seconds", "peak GB"], lines))
+    if results and is_world(run):
+        parts.append(fenced(samples_text(evaluations(run), "gold")))
+    return "\n\n".join(parts)
 
 
 WEIGHTS = """What ran, ran in fp32 with one thread, on a machine with 2 cores (AMD EPYC, AVX2, no bf16) that had other
@@ -281,12 +378,13 @@ def stages_of(run: Path) -> list[str]:
 def other_settings(run: Path) -> list[str]:
     """['reward.epochs 2', ...]: settings of a run that its command doesn't say. Folders and files may differ."""
     _, _, config = parse_command_line(COMMANDS[run.name].split()[3:])
-    wanted, own = asdict(config), read_json(run / "config.json")
-    named = [(group, name, value) for group, knobs in own.items() for name, value in knobs.items()]
-    free = ("out", "device", "name", "dataset")
-    return [
-        f"{group}.{name} {value}" for group, name, value in named if name not in free and wanted[group][name] != value
-    ]
+    wanted = asdict(config)
+    other = []
+    for group, knobs in read_json(run / "config.json").items():
+        for name, value in knobs.items():
+            if name not in ("out", "device", "name", "dataset") and wanted[group][name] != value:
+                other.append(f"{group}.{name} {value}")
+    return other
 
 
 def law_cells(row: dict) -> list[str]:
@@ -300,30 +398,170 @@ def result_cells(row: dict) -> list[str]:
         return "" if row[name] == "" else plus_minus((row[name], row[f"{name}_half"]), 2, sign)
 
     ended = f"{row['ended']:.0%} [{100 * row['ended_low']:.0f}, {100 * row['ended_high']:.0f}]"
+    means = [cell(name) for name in ("reward", "gold", "kl")]
     gaps = [cell(f"{name}_minus_ppo", "+") for name in ("reward", "gold")]
-    return [STYLES[row["method"]].title, *(cell(name) for name in ("reward", "gold", "kl")), ended, *gaps]
+    return [STYLES[row["method"]].title, *means, ended, *gaps]
 
 
-# ------------------------------------------------------------------------------------------------ the figure
-
-
-def plot_run(run: Path, path: Path) -> str:
+def plot_run(run: Path, path: Path) -> None:
     """Reward, gold (or KL) and the variance ratio over iterations; the SFT policy's rewards against their baselines."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6.8))
-    steps, world = metrics(run), is_world(run)
-    panels = {"reward": "Reward model's score"}
-    panels |= {"gold": "True (gold) reward"} if world else {"kl_k3": "KL from the SFT policy, nats"}
-    for axis, (key, name) in zip(axes[0], panels.items()):
-        for method, rows in steps.items():
-            plot_curve(axis, method, smooth([row[key] for row in rows]))
-        axis.set(title=name, xlabel="PPO iteration", ylabel="mean of 5 iterations")
-    if steps:
-        axes[0, 0].legend(fontsize=8)
-    rewards, ended = torch.zeros(0, 1), torch.zeros(0, 1).bool()
-    if "baselines" in finished(run):
+    figure, axes = panels(2, 2, 9, 6.8)
+    metrics = metrics_of(run)
+    second = ("gold", "True (gold) reward") if is_world(run) else ("kl_k3", "KL from the SFT policy, nats")
+    for axis, (key, title) in zip(axes, (("reward", "Reward model's score"), second)):
+        for method, steps in metrics.items():
+            plot_curve(axis, method, smooth([step[key] for step in steps]))
+        describe(axis, title, "PPO iteration", "mean of 5 iterations")
+    if metrics:
+        axes[0].legend(fontsize=8)
+    if "baselines" in finished_stages(run):
         rewards, ended = baseline_rewards(read_jsonl(run / "baselines" / "baselines.jsonl"))
-        plot_ratio(axes[1, 0], steps, rewards)
-        plot_scatter(axes[1, 1], rewards, ended)
+        plot_variance_ratio(axes[2], metrics, rewards)
+        plot_scatter(axes[3], rewards, ended)
     model = Path(read_json(run / "config.json")["model"]["name"]).name
     figure.suptitle(f"{model} on {TITLES[run.name]}: one seed", fontsize=11)
-    return save_figure(figure, path)
+    save_figure(figure, path)
+
+
+def plot_variance_ratio(axis: Axes, metrics: dict[str, Rows], rewards: Tensor) -> None:
+    """Var(r - c b) / Var(r) of each batch (points), over 5 iterations (lines), and what the law says of the start."""
+    law = measured_law(rewards)
+    k = rewards.shape[1]
+    ratio, (low, high) = predicted_ratio(law, k)
+    axis.axhspan(low, high, color="black", alpha=0.12, linewidth=0)
+    axis.axhline(ratio, color="black", linestyle=":", label=f"law, c = 1, at the start: {ratio:.2f}")
+    zero_line(axis, at=1)
+    top = 2.0
+    for method, steps in metrics.items():
+        if METHODS[method].contrast:
+            raw = column(steps, "reward_variance").numpy()
+            contrastive = column(steps, "contrastive_variance").numpy()
+            line = smooth(contrastive) / smooth(raw)
+            top = max(top, 1.3 * line.max())
+            axis.scatter(range(len(steps)), contrastive / raw, s=9, color=STYLES[method].color, alpha=0.4)
+            plot_curve(axis, method, line)
+    axis.set_ylim(0, top)
+    title = "Variance of the reward, with / without contrast"
+    describe(axis, title, "PPO iteration", "Var(r − c b) / Var(r)", legend="best")
+
+
+def plot_scatter(axis: Axes, rewards: Tensor, ended: Tensor) -> None:
+    """Each SFT response's reward against the mean of the others to its prompt; the slope is the share c* of these."""
+    k = rewards.shape[1]
+    law = measured_law(rewards)
+    share = best_share(law["rho"], k - 1)
+    x = leave_one_out(rewards.flatten(), k).view_as(rewards)
+    for mask, color, name in ((ended, BLUE, "ended"), (~ended, RED, "cut off")):
+        if mask.any():
+            label = f"{name}: {mask.float().mean():.0%}"
+            axis.scatter(x[mask].numpy(), rewards[mask].numpy(), s=7, color=color, alpha=0.4, label=label)
+    ends = torch.stack([x.min(), x.max()]).numpy()
+    middle = rewards.mean().item()
+    axis.plot(ends, middle + share * (ends - middle), color="black", label=f"slope c* = {share:.2f}")
+    axis.plot(ends, ends, color="black", linestyle=":", label="slope 1")
+    title = f"SFT responses: rho = {plus_minus((law['rho'], Z * law['rho_se']))}"
+    axis.grid(alpha=0.25)
+    describe(axis, title, f"mean reward of the {k - 1} others to its prompt", "reward of a response", legend="best")
+
+
+# ------------------------------------------------------------------------------------------ real_seeds.md
+
+
+def read_all_seeds(figures: Path, name: str) -> Rows:
+    """Rows of `real`'s CSV, whose runs have seed 0, and of `real_seeds`'. run becomes (name of the run, seed)."""
+    rows = []
+    for part in ("real", "real_seeds"):
+        if (figures / f"{part}_{name}.csv").exists():
+            rows += read_results(figures, f"{part}_{name}")
+    named = []
+    for title in COMMANDS:
+        for row in rows:
+            if row["run"].startswith(title):
+                seed = int(row["run"].removeprefix(title)[1:] or 0)
+                named.append({**row, "run": (title, seed)})
+    return named
+
+
+def gains_by_seed(results: Rows, method: str, key: str) -> dict[int, Pair]:
+    """seed -> a method's (mean, half) minus plain PPO on the held-out openings of the film reviews."""
+    gains = {}
+    for row in select(results, method=method):
+        name, seed = row["run"]
+        if name == "real_reviews":
+            gains[seed] = row[f"{key}_minus_ppo"], row[f"{key}_minus_ppo_half"]
+    return gains
+
+
+def real_seeds_report(figures: Path) -> str:
+    parts = [seeds_law_table(read_all_seeds(figures, "law")), seeds_gains_table(read_all_seeds(figures, "results"))]
+    costs = read_all_seeds(figures, "cost")
+    for name in COMMANDS:
+        seconds = {}
+        for row in costs:
+            if row["run"][0] == name and row["run"][1] > 0:
+                seconds.setdefault(row["stage"], []).append(row["seconds"])
+        stages = ", ".join(f"{stage} {sum(values) / len(values):.0f}" for stage, values in seconds.items())
+        parts.append(f"{TITLES[name]}: mean seconds of a stage, seeds 1 on: {stages}.")
+    return "\n\n".join([*parts, f"{NOTES}\n\n{fenced(seeded_command(1))}"])
+
+
+def seeds_law_table(law: Rows) -> str:
+    lines = []
+    for run in dict.fromkeys(row["run"] for row in law):
+        name, seed = run
+        rows = {row["quantity"]: row for row in select(law, run=run)}
+        cells = [value_and_bounds(rows[wanted]) if wanted in rows else "" for wanted in SEEDS_LAW.values()]
+        lines.append([TITLES[name], str(seed), *cells])
+    return markdown_table(["run", "seed", *SEEDS_LAW], lines)
+
+
+def value_and_bounds(row: dict) -> str:
+    interval = "" if row["low"] == "" else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    return f"{row['value']:.2f}{interval}"
+
+
+def seeds_gains_table(results: Rows) -> str:
+    lines = []
+    for method in COMPARED:
+        for key in ("gold", "reward"):
+            gains = gains_by_seed(results, method, key)
+            if gains:
+                cells = [plus_minus(gain, 2, "+") for gain in gains.values()]
+                means = [mean for mean, _ in gains.values()]
+                new_means = [mean for seed, (mean, _) in gains.items() if seed > 0]
+                for chosen in (new_means, means):
+                    cells.append(plus_minus(mean_interval(chosen), 2, "+"))
+                lines.append([STYLES[method].title, key, *cells])
+    seeds = [f"seed {seed}" for seed in gains_by_seed(results, COMPARED[0], "gold")]
+    return markdown_table(["minus plain PPO", "in", *seeds, "mean of seeds 1 on", "of all"], lines)
+
+
+NOTES = """± and [ ] are 95% intervals: of a single seed over prompts or iterations, of a mean over seeds. Seed 0 is the
+run of `real.md`. A cell is empty where a run has not got so far, or has no such number. Model, rows and commands are
+`real.md`'s, with a folder and a seed of their own:"""
+
+
+def plot_real_seeds(figures: Path) -> Figure:
+    """Left: rho of every run. Right: what contrast was worth in gold, against rho."""
+    law = read_all_seeds(figures, "law")
+    results = read_all_seeds(figures, "results")
+    rho = {row["run"]: row for row in select(law, quantity="rho")}
+    k = select(law, quantity="k")[0]["value"]
+    figure, (left, right) = panels(1, 2, 9, 3.6, width_ratios=(2, 3))
+    for place, ((name, _), row) in enumerate(rho.items()):
+        color = BLUE if name == "real_reviews" else RED
+        plot_rows(left, [place], [(row["value"], row["high"] - row["value"])], color=color)
+    left.set_yticks(range(len(rho)), [f"{TITLES[name].split(',')[0]}, seed {seed}" for name, seed in rho])
+    left.invert_yaxis()
+    for shift, method in zip((-0.004, 0.004), COMPARED):
+        gains = gains_by_seed(results, method, "gold")
+        if gains:
+            x = [rho["real_reviews", seed]["value"] + shift for seed in gains]
+            style = {"color": STYLES[method].color, "label": STYLES[method].title}
+            plot_points(right, x, gains.values(), linestyle="none", markersize=6, capsize=3, **style)
+    for axis in (left, right):
+        axis.axvline(1 / (k + 1), color="black", linestyle=":", label=f"break-even of the law, k = {k}")
+    zero_line(right)
+    describe(left, "Between-prompt share", "rho")
+    describe(right, "Gold minus plain PPO, film reviews", "rho of the run", "gold", legend="best")
+    return figure

@@ -18,21 +18,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crlhf.law import advice
-from crlhf.pipeline.plots import plt, save_figure
+from crlhf.pipeline.tables import markdown_table
 
-from .dose import NONE, SOURCES, same_at_any_dose
-from .harness import SEEDS, default
-from .judged import REWARDS
-from .plotting import style_of
-from .tables import distinct, markdown, read_rows, select, settings_of, write_csv
+from .dose import NONE, same_at_any_dose
+from .harness import Study
+from .judged import REWARDS, priced
+from .plotting import Figure, break_even_line, describe, finished, panels, style_of, zero_line
+from .runs import default
+from .tables import Rows, distinct, read_results, select, settings_of
 
 NEAR = 0.02  # of mean gold: a call is right if it is as close as this to the best
 CALLS = {"leave": "ppo", "subtract": "contrastive", "adapt": "adaptive", "group": "RLOO"}
 OFFLINE = ("leave", "subtract", "adapt")
 RULES = {"call": "the rule", "blind": "the rule, critic unknown (e = 0)"}  # columns of rule.csv
+Setting = tuple[str, str, str, int, Rows]  # (part, experiment, setting, k, rows of the four methods)
 
 
-def rule(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:12]) -> str:
+def rule(study: Study) -> str:
     """How often does the rule make a right call, where it was made and in settings that it wasn't made from?
 
     Endpoint: a call is right if the mean over seeds of its gold over all iterations is within 0.02 of the best of plain
@@ -43,59 +45,77 @@ def rule(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:12]) -> str:
     Prediction: right in 8 of 10 calls on settings it wasn't made from, and more often than any single method.
     """
     rows = []
-    for part, experiment, setting, k, own in settings(figures):
-        gains = {call: gain(own, method) for call, method in CALLS.items()}
-        for seed in [seed for seed in distinct(own, "seed") if seed in seeds]:
-            plain, adaptive = (select(own, seed=seed, method=method)[0] for method in ("ppo", "adaptive"))
-            explained = 0.0 if math.isnan(plain["explained"]) else max(plain["explained"], 0.0)  # nan: no critic
-            left = (adaptive["rho"] - explained) / (1 - explained)
-            call, blind = (advice(rho, adaptive["rho_se"], k) for rho in (left, adaptive["rho"]))
-            place = {"part": part, "experiment": experiment, "setting": setting, "k": k, "seed": seed}
-            facts = {key: adaptive[key] for key in ("rho", "rho_se")} | {"explained": explained}
-            rows.append(place | facts | {"call": call, "blind": blind} | gains)
-    write_csv(figures / "rule.csv", rows)
-    plot_rule(rows, figures / "rule.png")
-    return report(figures)
+    for part, experiment, setting, k, own in all_settings(study.figures):
+        gains = {call: mean_gain(own, method) for call, method in CALLS.items()}
+        for seed in [seed for seed in distinct(own, "seed") if seed in study.seeds]:
+            row = {"part": part, "experiment": experiment, "setting": setting, "k": k, "seed": seed}
+            rows.append(row | calls_of(select(own, seed=seed), k) | gains)
+    study.write(rows)
+    return study.answer(rule_report, plot_rule)
 
 
-def settings(figures: Path) -> list[tuple[str, str, str, int, list[dict]]]:
-    """(part, experiment, setting, k, rows of the four methods) of all settings that have them, each once."""
-    found, k = [], default("baselines.k")
-    dose = read_rows(figures / "dose.csv")
-    dose += same_at_any_dose(dose)
-    group, known = select(dose, setting=NONE, method="RLOO"), {row["seed"] for row in dose}
-    for setting in settings_of(dose):
-        part = "held out" if setting.startswith(list(SOURCES)[-1]) else "made from"
-        found.append((part, "dose", setting, k, select(dose, setting=setting)))
-    samples = read_rows(figures / "samples.csv")
-    for setting in settings_of(samples):
-        own, drawn = select(samples, setting=setting), int(setting.split("= ")[1])
-        if drawn != k:  # which is a setting of `dose`
-            if drawn == 1:  # one response can't tell what varies between prompts: ask those with four
-                four = values_of(select(samples, setting=setting.replace("= 1", f"= {k}"), method="adaptive"))
-                own = [row | four[row["seed"]] if row["method"] == "adaptive" else row for row in own]
-            found.append(("held out", "samples", setting, drawn, own + group))
-    usual = "flips 0.2", *(f"{name}, kl {default('ppo.kl_coef'):g}" for name in REWARDS)  # settings of `dose`
-    for name in ("labels", "judged"):
-        rows = read_rows(figures / f"{name}.csv")
-        for setting in [setting for setting in settings_of(rows) if setting not in usual]:
-            found.append(("held out", name, setting, k, select(rows, setting=setting)))
-    critics = [row for row in read_rows(figures / "critic.csv") if row["seed"] in known]
+def calls_of(rows: Rows, k: int) -> dict:
+    """What the rule says of one seed in one setting, and what it knew."""
+    [plain] = select(rows, method="ppo")
+    [adaptive] = select(rows, method="adaptive")
+    rho = adaptive["rho"]
+    error = adaptive["rho_se"]
+    explained = 0.0 if math.isnan(plain["explained"]) else max(plain["explained"], 0.0)  # nan: no critic
+    left = (rho - explained) / (1 - explained)
+    facts = {"rho": rho, "rho_se": error, "explained": explained}
+    return facts | {"call": advice(left, error, k), "blind": advice(rho, error, k)}
+
+
+def mean_gain(rows: Rows, method: str) -> float:
+    """Mean over seeds of gold over all iterations, minus plain PPO's."""
+    own = [row["mean_gold"] for row in select(rows, method=method)]
+    plain = [row["mean_gold"] for row in select(rows, method="ppo")]
+    return statistics.fmean(own) - statistics.fmean(plain)
+
+
+# -------------------------------------------------------------------------------------------- the settings
+
+
+def all_settings(figures: Path) -> list[Setting]:
+    """All settings that have the four methods, each once."""
+    k = default("baselines.k")
+    doses = read_results(figures, "dose")
+    doses += same_at_any_dose(doses)
+    group = select(doses, setting=NONE, method="RLOO")  # without a constant, and with any
+    found = []
+    for setting in settings_of(doses):
+        part = "held out" if setting.startswith("words") else "made from"
+        found.append((part, "dose", setting, k, select(doses, setting=setting)))
+    found += settings_of_samples(figures, group)
+    for experiment in ("labels", "judged"):
+        rows = read_results(figures, experiment)
+        usual = "flips 0.2", *(priced(name, default("ppo.kl_coef")) for name in REWARDS)  # settings of `dose`
+        for setting in settings_of(rows):
+            if setting not in usual:
+                found.append(("held out", experiment, setting, k, select(rows, setting=setting)))
+    seeds = distinct(doses, "seed")
+    critics = [row for row in read_results(figures, "critic") if row["seed"] in seeds]
     for setting in settings_of(critics)[1:]:  # the first is a setting of `dose`
         own = [row for row in select(critics, setting=setting) if row["method"] in CALLS.values()]
         found.append(("held out", "critic", setting, k, own + group))
     return found
 
 
-def values_of(rows: list[dict]) -> dict[int, dict]:
-    """seed -> rho and its standard error."""
-    return {row["seed"]: {"rho": row["rho"], "rho_se": row["rho_se"]} for row in rows}
-
-
-def gain(rows: list[dict], method: str) -> float:
-    """Mean over seeds of gold over all iterations, minus plain PPO's."""
-    mine, plain = ([row["mean_gold"] for row in select(rows, method=name)] for name in (method, "ppo"))
-    return statistics.fmean(mine) - statistics.fmean(plain)
+def settings_of_samples(figures: Path, group: Rows) -> list[Setting]:
+    """Those of `samples` with other numbers of baselines than `dose` has."""
+    usual = default("baselines.k")
+    rows = read_results(figures, "samples")
+    found = []
+    for setting in settings_of(rows):
+        own = select(rows, setting=setting)
+        k = int(setting.split("= ")[1])
+        if k == 1:  # one response can't tell what varies between prompts: ask those with four
+            four = select(rows, setting=setting.replace("= 1", f"= {usual}"), method="adaptive")
+            known = {row["seed"]: {"rho": row["rho"], "rho_se": row["rho_se"]} for row in four}
+            own = [row | known[row["seed"]] if row["method"] == "adaptive" else row for row in own]
+        if k != usual:
+            found.append(("held out", "samples", setting, k, own + group))
+    return found
 
 
 # ---------------------------------------------------------------------------------------- table, figure
@@ -105,50 +125,52 @@ def is_right(row: dict, call: str, calls: Sequence[str]) -> bool:
     return row[call] >= max(row[other] for other in calls) - NEAR
 
 
-def made(row: dict, calls: Sequence[str], by: str) -> str:
+def call_made(row: dict, calls: Sequence[str], by: str) -> str:
     """The call of a rule, or one of the four words. Where a group can be drawn it stands for the rule's "subtract"."""
     if by not in RULES:
         return by
     return "group" if row[by] == "subtract" and "group" in calls else row[by]
 
 
-def share_right(rows: list[dict], calls: Sequence[str], by: str = "call") -> str:
-    return f"{statistics.fmean(is_right(row, made(row, calls, by), calls) for row in rows):.0%}"
+def share_right(rows: Rows, calls: Sequence[str], by: str = "call") -> str:
+    return f"{statistics.fmean(is_right(row, call_made(row, calls, by), calls) for row in rows):.0%}"
 
 
-def report(figures: Path) -> str:
-    rows = read_rows(figures / "rule.csv")
+def rule_report(figures: Path) -> str:
+    rows = read_results(figures, "rule")
     parts = {name: select(rows, part=name) for name in ("made from", "held out")}
     lines = []
     for by, title in (RULES | {call: f"always {call}" for call in CALLS}).items():
         cells = []
         for calls in (tuple(CALLS), OFFLINE):
             allowed = by in RULES or by in calls
-            cells += [share_right(chosen, calls, by) if allowed else "" for chosen in parts.values()]
+            cells += [share_right(own, calls, by) if allowed else "" for own in parts.values()]
         lines.append([title, *cells])
     head = ["right calls", "made from", "held out", "made from, no groups", "held out, no groups"]
-    counts = ", ".join(f"{len(chosen)} ({name})" for name, chosen in parts.items())
-    return "\n\n".join([markdown(head, lines), f"Calls, one a seed and setting: {counts}.", settings_table(rows)])
+    counts = ", ".join(f"{len(own)} ({name})" for name, own in parts.items())
+    counted = f"Calls, one a seed and setting: {counts}."
+    return "\n\n".join([markdown_table(head, lines), counted, settings_table(rows)])
 
 
-def settings_table(rows: list[dict]) -> str:
+def settings_table(rows: Rows) -> str:
     lines = []
     for experiment, setting in dict.fromkeys((row["experiment"], row["setting"]) for row in rows):
         own = select(rows, experiment=experiment, setting=setting)
         means = [f"{statistics.fmean(row[key] for row in own):.2f}" for key in ("rho", "explained")]
         calls = [row["call"] for row in own]
-        said = ", ".join(f"{call} {calls.count(call)}" for call in OFFLINE if call in calls)
+        counts = ", ".join(f"{call} {calls.count(call)}" for call in OFFLINE if call in calls)
         gains = [f"{own[0][call]:+.3f}" for call in list(CALLS)[1:]]
         right = [share_right(own, names) for names in (tuple(CALLS), OFFLINE)]
-        lines.append([own[0]["part"], f"{experiment}: {setting}", *means, said, *gains, *right])
+        lines.append([own[0]["part"], f"{experiment}: {setting}", *means, counts, *gains, *right])
     gains = [f"{style_of(method).title} - plain" for method in list(CALLS.values())[1:]]
     head = ["", "setting", "rho", "critic explains", "calls", *gains, "right", "right, no groups"]
-    return markdown(head, lines)
+    return markdown_table(head, lines)
 
 
-def plot_rule(rows: list[dict], path: Path) -> str:
+def plot_rule(figures: Path) -> Figure:
     """A point a setting: what each call gains over plain PPO, against rho."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), sharey=True)
+    rows = read_results(figures, "rule")
+    figure, axes = panels(1, 3, 12, 4.2, sharey=True)
     for axis, call in zip(axes, list(CALLS)[1:]):
         style = style_of(CALLS[call])
         for part, face in (("made from", style.color), ("held out", "white")):
@@ -156,11 +178,10 @@ def plot_rule(rows: list[dict], path: Path) -> str:
             for row in select(rows, part=part):
                 points.setdefault((row["experiment"], row["setting"], row[call]), []).append(row["rho"])
             x = [statistics.fmean(values) for values in points.values()]
-            axis.plot(x, [y for *_, y in points], "o", color=style.color, markerfacecolor=face, label=part)
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.axvline(1 / (default("baselines.k") + 1), color="#777777", linestyle=":", label="break-even at k = 4")
-        axis.set(title=f"{call}: {style.title}", xlabel="rho")
-        axis.grid(alpha=0.25)
-    axes[0].set_ylabel("gold over the run, minus plain PPO's")
-    axes[0].legend(fontsize=8, loc="upper left")
-    return save_figure(figure, path)
+            y = [gain for _, _, gain in points]
+            axis.plot(x, y, "o", color=style.color, markerfacecolor=face, label=part)
+        zero_line(axis)
+        break_even_line(axis, default("baselines.k"), "break-even at k = 4")
+        describe(axis, f"{call}: {style.title}", "rho")
+    describe(axes[0], y="gold over the run, minus plain PPO's", legend="upper left")
+    return finished(figure)

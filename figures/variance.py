@@ -16,7 +16,6 @@ The law's four terms come from responses of their own; the points it is compared
 prompts, so the law can fail.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +27,8 @@ from crlhf.engine.forward import Model
 from crlhf.engine.text import Batch
 from crlhf.evaluate import mean_interval
 from crlhf.pipeline.pipeline import Pipeline
-from crlhf.pipeline.plots import plt, save_figure, smooth
-from crlhf.policy import generate
+from crlhf.pipeline.plots import smooth
+from crlhf.pipeline.tables import markdown_table
 
 from .estimators import (
     batch_variance,
@@ -41,9 +40,24 @@ from .estimators import (
     score_gradients,
     windows,
 )
-from .harness import SEEDS, Label, Variant, analyse, curves, default, open_run, run_variants
-from .plotting import plot_band, plot_points
-from .tables import distinct, markdown, plus_minus, read_rows, select, write_csv
+from .harness import Label, Study, Variant, curves
+from .plotting import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    RED,
+    Axes,
+    Figure,
+    curves_by_seed,
+    describe,
+    finished,
+    panels,
+    plot_band,
+    plot_points,
+    zero_line,
+)
+from .runs import default, open_run, sample_texts
+from .tables import Pair, Rows, Values, one_value_rows, plus_minus, read_results
 
 BIASES = {"no constant": 0.0, "constant, sd 1": 1.0}  # that raters add to all rewards of a prompt
 METHODS = ("ppo", "contrastive", "adaptive")
@@ -53,69 +67,11 @@ KS, K = (1, 2, 4, 8, 16), 4  # K: along training
 SCORED = 4  # responses per prompt whose gradients are taken
 LOGGED = ("reward_variance", "contrastive_variance", "coefficient", "advantage_std")
 
-
-# --------------------------------------------------------------------------------------- measuring a seed
-
-
-def measure(seed: int, runs: dict[Label, Path]) -> list[dict]:
-    """All numbers of one seed, for both kinds of rater and every policy: rows {seed, setting, iterations, ...}."""
-    rows, last = [], default("ppo.iterations")
-    for setting in BIASES:
-        pipe = open_run(runs[setting, "ppo"])
-        baselines = [sample_rewards(pipe, pipe.model("sft"), seed, "baselines", use)[0] for use in ("points", "law")]
-        for iterations in (0, *EARLY, last):
-            pipe = open_run(runs[setting, f"{iterations} iterations" if iterations in EARLY else "ppo"])
-            policy = pipe.model("ppo" if iterations else "sft")
-            place = {"seed": seed, "setting": setting, "iterations": iterations}
-            for (quantity, k), value in measure_policy(pipe, policy, baselines, seed).items():
-                rows.append({**place, "quantity": quantity, "k": k, "value": value})
-    return rows
+COLUMNS = ("setting", "iterations", "quantity", "k")
+Place = tuple[str, int]  # (setting, iterations of PPO)
 
 
-def sample_rewards(pipe: Pipeline, model: Model, seed: int, *names: str) -> tuple[Tensor, Batch]:
-    """(N, m) rewards of a model's responses to the first training prompts, and their batch."""
-    prompts, generator = pipe.prompts("train")[:PROMPTS], stream(seed, "variance", *names)
-    length = pipe.config.data.max_response_tokens
-    responses, _, batch = generate(model, pipe.tokenizer(), prompts, length, generator=generator, k=SAMPLES)
-    rewards = pipe.noisy_reward()([prompt for prompt in prompts for _ in range(SAMPLES)], responses)
-    return rewards.view(len(prompts), SAMPLES), batch
-
-
-def measure_policy(pipe: Pipeline, policy: Model, baselines: list[Tensor], seed: int) -> dict[tuple, float]:
-    """{(quantity, k): value} of one policy. baselines: (N, m) rewards of the SFT policy for the points, for the law."""
-    (r, batch), b = sample_rewards(pipe, policy, seed, "policy", "points"), baselines[0]
-    parts = components(sample_rewards(pipe, policy, seed, "policy", "law")[0], baselines[1])
-    found = {(name, ""): value for name, value in parts.items()}
-    found["slope", ""] = covariance(parts) / parts["between_ref"]
-    found["raw", ""] = batch_variance(r)
-    found["raw law", ""] = parts["between"] + parts["within"]
-    advantages = {("raw", ""): r}
-    for k in KS:
-        share = best_share(parts, k)
-        found["coefficient", k] = share
-        advantages["contrastive", k] = r - windows(b, k)
-        found["contrastive", k] = batch_variance(advantages["contrastive", k])
-        found["law", k] = law(parts, k)
-        advantages["adaptive", k] = r - share * windows(b, k)
-        found["adaptive", k] = batch_variance(advantages["adaptive", k])
-        if k < SAMPLES:  # the other responses of the same policy as baselines: never stale
-            advantages["online", k] = r - windows(r, k, first=1)
-            found["online", k] = batch_variance(advantages["online", k])
-            found["online law", k] = parts["within"] * (1 + 1 / k)
-    columns = torch.arange(len(batch)).view(-1, SAMPLES)[:, :SCORED].flatten()
-    A = torch.stack([values[:, :SCORED].flatten() for values in advantages.values()])  # (kinds, N)
-    A = A - A.mean(1, keepdim=True)  # whitening takes the mean of the batch away from raw rewards, too
-    square_norms, means = score_gradients(policy, batch[columns], A)
-    minibatch = pipe.config.ppo.batch_size // pipe.config.ppo.minibatches
-    for kind, (name, k) in enumerate(advantages):
-        found[f"gradient, {name}", k] = gradient_trace(square_norms, A[kind], means[kind], minibatch)
-    return found
-
-
-# ----------------------------------------------------------------------------------------- the experiment
-
-
-def variance(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:8]) -> str:
+def variance(study: Study) -> str:
     """How much variance does the contrast take away, of rewards and of gradients, and when does it turn around?
 
     Prediction. (1) Every measured Var(r - b_k) is the law's, within its interval. (2) At the start k* = E[s^2] /
@@ -130,189 +86,256 @@ def variance(root: Path, figures: Path, seeds: Sequence[int] = SEEDS[:8]) -> str
     responses have longer scores, which the law doesn't know. (6) PPO's advantages are spread less than plain PPO's
     by the square root of (2) with constants, and about equally without; a critic that learns pulls both towards 1.
     """
-    variants, short = {}, {}
+    full = {}
+    short = {}
     for setting, sd in BIASES.items():
         for method in METHODS:
-            variants[setting, method] = Variant(method, {"world.prompt_bias": sd})
+            full[setting, method] = Variant(method, {"world.prompt_bias": sd})
         for n in EARLY:
-            short[setting, f"{n} iterations"] = Variant("ppo", {"ppo.iterations": n, "world.prompt_bias": sd})
-    folders = run_variants(root, variants | short, seeds, "variance")
-    plain = {(label, seed): out for (label, seed), out in folders.items() if label[1] not in METHODS[1:]}
-    rows = analyse(root, "variance", measure, plain, seeds)
-    steps = curves({key: out for key, out in folders.items() if key[0] in variants}, LOGGED)
-    write_csv(figures / "variance.csv", rows)
-    write_csv(figures / "variance_training.csv", steps)
-    plot_variance(*(read_rows(figures / f"variance{part}.csv") for part in ("", "_training")), figures / "variance.png")
-    return report(figures)
+            short[setting, early_name(n)] = Variant("ppo", {"ppo.iterations": n, "world.prompt_bias": sd})
+    folders = study.run(full | short)
+    plain = {key: out for key, out in folders.items() if key[0][1] not in METHODS[1:]}
+    study.write(study.measure(measure_variance, plain, "variance"))
+    steps = curves({key: out for key, out in folders.items() if key[0] in full}, LOGGED)
+    study.write(steps, "_training")
+    return study.answer(variance_report, plot_variance)
 
 
-def report(figures: Path) -> str:
-    return variance_table(*(read_rows(figures / f"variance{part}.csv") for part in ("", "_training")))
+def early_name(iterations: int) -> str:
+    """The label of a shorter run."""
+    return f"{iterations} iterations"
 
 
-def by_seed(rows: list[dict], setting: str, iterations: int, quantity: str, k: int | str = "") -> Tensor:
-    """(seeds,) values of one quantity."""
-    chosen = select(rows, setting=setting, iterations=iterations, quantity=quantity, k=k)
-    return torch.tensor([row["value"] for row in sorted(chosen, key=lambda row: row["seed"])], dtype=torch.float64)
+# --------------------------------------------------------------------------------------- measuring a seed
 
 
-def ratio(rows: list[dict], setting: str, iterations: int, quantity: str, k: int = K) -> tuple[float, float]:
+def measure_variance(seed: int, runs: dict[Label, Path]) -> Rows:
+    """All numbers of one seed, for both kinds of rater and every policy: rows {seed, setting, iterations, ...}."""
+    last = default("ppo.iterations")
+    measured = {}
+    for setting in BIASES:
+        sft = open_run(runs[setting, "ppo"])
+        baselines = [sample_rewards(sft, sft.model("sft"), "baselines", use)[0] for use in ("points", "law")]
+        for iterations in (0, *EARLY, last):
+            run = open_run(runs[setting, early_name(iterations) if iterations in EARLY else "ppo"])
+            policy = run.model("ppo" if iterations else "sft")
+            for (quantity, k), value in measure_policy(run, policy, baselines).items():
+                measured[setting, iterations, quantity, k] = value
+    return one_value_rows(seed, COLUMNS, measured)
+
+
+def sample_rewards(pipe: Pipeline, policy: Model, *names: str) -> tuple[Tensor, Batch]:
+    """(N, m) rewards of a policy's responses to the first training prompts, and their batch."""
+    generator = stream(pipe.config.run.seed, "variance", *names)
+    prompts, responses, batch = sample_texts(pipe, policy, pipe.prompts("train")[:PROMPTS], generator, SAMPLES)
+    return pipe.noisy_reward()(prompts, responses).view(-1, SAMPLES), batch
+
+
+def measure_policy(pipe: Pipeline, policy: Model, baselines: list[Tensor]) -> dict[tuple, float]:
+    """{(quantity, k): value} of one policy. baselines: (N, m) rewards of the SFT policy for the points, for the law."""
+    r, batch = sample_rewards(pipe, policy, "policy", "points")
+    b, b_of_law = baselines
+    parts = components(sample_rewards(pipe, policy, "policy", "law")[0], b_of_law)
+    measured = {(name, ""): value for name, value in parts.items()}
+    measured["slope", ""] = covariance(parts) / parts["between_ref"]
+    measured["raw", ""] = batch_variance(r)
+    measured["raw law", ""] = parts["between"] + parts["within"]
+    rewards = {("raw", ""): r}
+    for k in KS:
+        share = best_share(parts, k)
+        measured["coefficient", k] = share
+        rewards["contrastive", k] = r - windows(b, k)
+        measured["contrastive", k] = batch_variance(rewards["contrastive", k])
+        measured["law", k] = law(parts, k)
+        rewards["adaptive", k] = r - share * windows(b, k)
+        measured["adaptive", k] = batch_variance(rewards["adaptive", k])
+        if k < SAMPLES:  # the other responses of the same policy as baselines: never stale
+            rewards["online", k] = r - windows(r, k, first=1)
+            measured["online", k] = batch_variance(rewards["online", k])
+            measured["online law", k] = parts["within"] * (1 + 1 / k)
+    return measured | gradient_variances(pipe, policy, batch, rewards)
+
+
+def gradient_variances(pipe: Pipeline, policy: Model, batch: Batch, rewards: dict[tuple, Tensor]) -> dict[tuple, float]:
+    """{("gradient, NAME", k): trace of the covariance of a minibatch's gradient} for each kind of reward."""
+    columns = torch.arange(len(batch)).view(-1, SAMPLES)[:, :SCORED].flatten()
+    A = torch.stack([values[:, :SCORED].flatten() for values in rewards.values()])  # (kinds, N)
+    A = A - A.mean(1, keepdim=True)  # whitening takes the mean of the batch away from raw rewards, too
+    square_norms, means = score_gradients(policy, batch[columns], A)
+    minibatch = pipe.config.ppo.batch_size // pipe.config.ppo.minibatches
+    measured = {}
+    for kind, (name, k) in enumerate(rewards):
+        measured[f"gradient, {name}", k] = gradient_trace(square_norms, A[kind], means[kind], minibatch)
+    return measured
+
+
+# ------------------------------------------------------------------------------------- what the rows say
+
+
+def places_of(values: Values) -> list[Place]:
+    return list(dict.fromkeys((setting, iterations) for setting, iterations, *_ in values.by_place))
+
+
+def ratio_to_raw(values: Values, place: Place, quantity: str, k: int = K) -> Pair:
     """(mean, half) over seeds of a variance over that of the raw reward, of the reward or of the gradient."""
     raw = "gradient, raw" if quantity.startswith("gradient") else "raw"
-    return mean_interval(by_seed(rows, setting, iterations, quantity, k) / by_seed(rows, setting, iterations, raw))
+    return mean_interval(values[*place, quantity, k] / values[*place, raw, ""])
 
 
-def threshold(rows: list[dict], setting: str, iterations: int) -> float:
-    """k* from means over seeds: the terms are added, so their means are the law's; infinite where no k helps."""
-    names = ("between", "moved", "within_ref")
-    between, moved, within_ref = (by_seed(rows, setting, iterations, name).mean().item() for name in names)
-    return within_ref / (between - moved) if between > moved else float("inf")
+def threshold(values: Values, place: Place) -> str:
+    """k* from means over seeds: the terms are added, so their means are the law's."""
+    between = values[*place, "between", ""].mean()
+    moved = values[*place, "moved", ""].mean()
+    within_ref = values[*place, "within_ref", ""].mean()
+    return f"{within_ref / (between - moved):.1f}" if between > moved else "no k helps"
 
 
-def law_errors(rows: list[dict]) -> list[tuple[float, float]]:
-    """[(mean, half)] of measured Var(r - b_k) over the law's, minus 1, of every setting, policy and k."""
+def fit_of_law(values: Values) -> str:
+    """Measured Var(r - b_k) beside the law's, of every setting, policy and k."""
     errors = []
-    predictions = select(rows, quantity="law")
-    for setting, iterations, k in dict.fromkeys((row["setting"], row["iterations"], row["k"]) for row in predictions):
-        measured, predicted = (by_seed(rows, setting, iterations, name, k) for name in ("contrastive", "law"))
-        errors.append(mean_interval(measured / predicted - 1))
-    return errors
+    for place in places_of(values):
+        for k in KS:
+            errors.append(mean_interval(values[*place, "contrastive", k] / values[*place, "law", k] - 1))
+    inside = sum(abs(mean) <= half for mean, half in errors)
+    worst = max(abs(mean) for mean, _ in errors)
+    held = f"Measured against the law: {inside} of {len(errors)} intervals hold it"
+    return f"{held}; the largest mean error is {worst:.0%}."
 
 
-def logged(steps: list[dict], setting: str, method: str, quantity: str) -> tuple[np.ndarray, np.ndarray]:
-    """(iterations, seeds) numerators and denominators of a logged ratio: reward variances, or spreads of advantages.
+def logged_ratio(steps: Rows, setting: str, method: str, quantity: str) -> tuple[np.ndarray, np.ndarray]:
+    """(seeds, iterations) numerators and denominators of a logged ratio: reward variances, or spreads of advantages.
 
     They are kept apart so that they can be averaged over iterations first: late batches may hold no variance at all.
     """
     if quantity == "variance":
-        above, below = (method, "contrastive_variance"), (method, "reward_variance")
-    else:
-        above, below = (method, "advantage_std"), ("ppo", "advantage_std")
-    return logged_columns(steps, setting, *above), logged_columns(steps, setting, *below)
-
-
-def logged_columns(steps: list[dict], setting: str, method: str, key: str) -> np.ndarray:
-    chosen = select(steps, setting=setting, method=method)
-    return np.array([[row[key] for row in select(chosen, seed=seed)] for seed in distinct(chosen, "seed")]).T
+        above = curves_by_seed(steps, "contrastive_variance", setting=setting, method=method)
+        return above, curves_by_seed(steps, "reward_variance", setting=setting, method=method)
+    above = curves_by_seed(steps, "advantage_std", setting=setting, method=method)
+    return above, curves_by_seed(steps, "advantage_std", setting=setting, method="ppo")
 
 
 # ----------------------------------------------------------------------------------------- table, figure
 
-KINDS = {"contrastive": ("c = 1", "#0072B2"), "adaptive": ("adaptive c", "#009E73"), "online": ("online", "#CC79A7")}
+KINDS = {"contrastive": ("c = 1", BLUE), "adaptive": ("adaptive c", GREEN), "online": ("online", "#CC79A7")}
 LINES = {"no constant": "-", "constant, sd 1": "--"}
 MARKERS = {"no constant": "o", "constant, sd 1": "s"}
 
 
-def variance_table(rows: list[dict], steps: list[dict]) -> str:
-    places = list(dict.fromkeys((row["setting"], row["iterations"]) for row in rows))
+def variance_report(figures: Path) -> str:
+    values = Values(read_results(figures, "variance"), *COLUMNS)
+    logged = logged_table(read_results(figures, "variance_training"))
+    return "\n\n".join([terms_table(values), fit_of_law(values), logged])
+
+
+def terms_table(values: Values) -> str:
+    """The law's terms, and variances over that of the raw reward, in every setting and of every policy."""
+    places = places_of(values)
 
     def level(name: str, quantity: str, k: int | str = "") -> list[str]:
-        pairs = [mean_interval(by_seed(rows, *place, quantity, k)) for place in places]
-        return [name] + [plus_minus(pair) for pair in pairs]
+        return [name, *(values.text(*place, quantity, k) for place in places)]
 
-    def share(name: str, quantity: str, k: int = K) -> list[str]:
-        return [name] + [plus_minus(ratio(rows, *place, quantity, k)) for place in places]
+    def ratio(name: str, quantity: str, k: int = K) -> list[str]:
+        return [name, *(plus_minus(ratio_to_raw(values, place, quantity, k)) for place in places)]
 
-    thresholds = [threshold(rows, *place) for place in places]
     lines = [
         level("Var(r)", "raw"),
         level("between prompts, Var_x(m_pi)", "between"),
         level("within, E[s_pi^2]", "within"),
         level("Var_x(m_pi - m_ref)", "moved"),
         level("slope of m_pi on m_ref", "slope"),
-        ["threshold k*"] + ["no k helps" if k == float("inf") else f"{k:.1f}" for k in thresholds],
+        ["threshold k*", *(threshold(values, place) for place in places)],
     ]
-    lines += [share(f"Var(r - b) / Var(r), k = {k}", "contrastive", k) for k in KS]
+    lines += [ratio(f"Var(r - b) / Var(r), k = {k}", "contrastive", k) for k in KS]
     lines.append(level(f"adaptive, k = {K}: coefficient", "coefficient", K))
-    lines += [share(f"{kind}, k = {K}: ratio", kind) for kind in ("adaptive", "online")]
-    for kind in ("gradient, contrastive", "gradient, adaptive", "gradient, online"):
-        lines.append(share(f"{kind}, k = {K}: ratio", kind))
-    head = ["quantity"] + [f"{setting}: {f'after {n}' if n else 'start'}" for setting, n in places]
-
-    errors = law_errors(rows)
-    inside, worst = sum(abs(mean) <= half for mean, half in errors), max(abs(mean) for mean, _ in errors)
-    fit = f"Measured against the law: {inside} of {len(errors)} intervals hold it; "
-    fit += f"the largest mean error is {worst:.0%}."
-    return "\n\n".join([markdown(head, lines), fit, logged_table(steps)])
+    for kind in ("adaptive", "online", "gradient, contrastive", "gradient, adaptive", "gradient, online"):
+        lines.append(ratio(f"{kind}, k = {K}: ratio", kind))
+    head = ["quantity", *(f"{setting}: {f'after {n}' if n else 'start'}" for setting, n in places)]
+    return markdown_table(head, lines)
 
 
-def logged_table(steps: list[dict]) -> str:
+def logged_table(steps: Rows) -> str:
     """Ratios that the runs logged themselves, early, later and at the end."""
-    lines, names = [], {"variance": "Var(r - c b) / Var(r)", "spread": "sd of advantages / plain PPO's"}
+    lines = []
     for setting in BIASES:
         for method in METHODS[1:]:
-            for quantity, name in names.items():
-                above, below = logged(steps, setting, method, quantity)
-                third = len(above) // 3
+            for quantity, name in (("variance", "Var(r - c b) / Var(r)"), ("spread", "sd of advantages / plain PPO's")):
+                above, below = logged_ratio(steps, setting, method, quantity)
+                third = above.shape[1] // 3
                 cells = [f"{setting}, {method}: {name}"]
                 for part in (slice(0, 5), slice(third, third + 5), slice(-5, None)):
-                    cells.append(plus_minus(mean_interval(above[part].mean(0) / below[part].mean(0))))
+                    cells.append(plus_minus(mean_interval(above[:, part].mean(1) / below[:, part].mean(1))))
                 lines.append(cells)
-    return markdown(["logged by the runs, over five iterations", "first", "from a third on", "last"], lines)
+    return markdown_table(["logged by the runs, over five iterations", "first", "from a third on", "last"], lines)
 
 
-def plot_variance(rows: list[dict], steps: list[dict], path: Path) -> str:
-    iterations = sorted(distinct(rows, "iterations"))
-    figure, axes = plt.subplots(2, 2, figsize=(10.5, 7.6))
-    plot_law(axes[0, 0], rows, iterations)
-    plot_ratios(axes[0, 1], rows, iterations, "")
-    axes[0, 1].set_title(f"Variance of the reward, k = {K}")
-    plot_ratios(axes[1, 0], rows, iterations, "gradient, ")
-    axes[1, 0].set_title(f"Variance of the gradient (trace of Cov), k = {K}")
-    plot_spreads(axes[1, 1], steps)
-    for axis in axes.flat:
-        axis.axhline(1, color="black", linewidth=0.8)
+def plot_variance(figures: Path) -> Figure:
+    values = Values(read_results(figures, "variance"), *COLUMNS)
+    iterations = sorted({n for _, n in places_of(values)})
+    last = iterations[-1]
+    figure, axes = panels(2, 2, 10.5, 7.6)
+    plot_law(axes[0], values, last)
+    plot_ratios(axes[1], values, iterations, "")
+    describe(axes[1], f"Variance of the reward, k = {K}")
+    plot_ratios(axes[2], values, iterations, "gradient, ")
+    describe(axes[2], f"Variance of the gradient (trace of Cov), k = {K}")
+    plot_spreads(axes[3], read_results(figures, "variance_training"))
+    for axis in axes:
+        zero_line(axis, at=1)
         axis.grid(alpha=0.25, which="both")
-    for axis, columns in ((axes[0, 0], 1), (axes[0, 1], 2), (axes[1, 0], 2)):
+    for axis, columns in zip(axes, (1, 2, 2)):
         axis.set_ylim(0.003, 30)  # room below the lines
         axis.legend(fontsize=7, loc="lower left", ncols=columns)
-    axes[1, 1].legend(fontsize=8, loc="upper left")
     changes = []
     for setting in BIASES:
-        start, end = (plus_minus(ratio(rows, setting, n, "contrastive")) for n in (0, iterations[-1]))
+        start, end = (plus_minus(ratio_to_raw(values, (setting, n), "contrastive")) for n in (0, last))
         changes.append(f"{start} to {end}")
-    worst = max(ratio(rows, setting, n, "adaptive")[0] for setting in BIASES for n in iterations)
-    figure.suptitle(
+    worst = max(ratio_to_raw(values, place, "adaptive")[0] for place in places_of(values))
+    title = (
         f"Over training Var(r − b) / Var(r) at k = {K} goes from {changes[0]} without constants per prompt,\n"
-        f"and from {changes[1]} with constants of sd 1; adaptive is at most {worst:.2f}",
-        fontsize=11,
+        f"and from {changes[1]} with constants of sd 1; adaptive is at most {worst:.2f}"
     )
-    return save_figure(figure, path)
+    return finished(figure, title)
 
 
-def plot_law(axis: plt.Axes, rows: list[dict], iterations: list[int]) -> None:
+def plot_law(axis: Axes, values: Values, last: int) -> None:
     """Over k, at the start and at the end: the law as lines, what was measured as points."""
-    for setting, (early, late) in zip(BIASES, (("#D55E00", "#E69F00"), ("#0072B2", "#56B4E9"))):
-        for n, color, line, marker in ((iterations[0], early, "-", "o"), (iterations[-1], late, "--", "s")):
-            raw = by_seed(rows, setting, n, "raw law").mean()
-            axis.plot(KS, [by_seed(rows, setting, n, "law", k).mean() / raw for k in KS], color=color, linestyle=line)
-            pairs = [ratio(rows, setting, n, "contrastive", k) for k in KS]
-            label = f"{setting}: after {n} iterations" if n else f"{setting}: start"
-            points = {"linestyle": "", "marker": marker, "markersize": 5, "capsize": 3}
-            plot_points(axis, KS, pairs, color=color, label=label, **points)
-    axis.set(xscale="log", yscale="log", xlabel="k, baselines per prompt", ylabel="Var(r − b) / Var(r)")
-    axis.set_title("Law (lines) and measured (points)")
+    for setting, n, color, line, marker in (
+        ("no constant", 0, RED, "-", "o"),
+        ("no constant", last, ORANGE, "--", "s"),
+        ("constant, sd 1", 0, BLUE, "-", "o"),
+        ("constant, sd 1", last, "#56B4E9", "--", "s"),
+    ):
+        raw = values[setting, n, "raw law", ""].mean()
+        predicted = [values[setting, n, "law", k].mean() / raw for k in KS]
+        axis.plot(KS, predicted, color=color, linestyle=line)
+        pairs = [ratio_to_raw(values, (setting, n), "contrastive", k) for k in KS]
+        label = f"{setting}: after {n} iterations" if n else f"{setting}: start"
+        points = {"linestyle": "", "marker": marker, "markersize": 5, "capsize": 3}
+        plot_points(axis, KS, pairs, color=color, label=label, **points)
+    axis.set(xscale="log", yscale="log")
     axis.set_xticks(KS, KS)
+    describe(axis, "Law (lines) and measured (points)", "k, baselines per prompt", "Var(r − b) / Var(r)")
 
 
-def plot_ratios(axis: plt.Axes, rows: list[dict], iterations: list[int], prefix: str) -> None:
+def plot_ratios(axis: Axes, values: Values, iterations: list[int], prefix: str) -> None:
     """Along training: variances of the reward, or with a prefix of its gradient, over those of the raw reward."""
     for setting in BIASES:
+        style = {"marker": MARKERS[setting], "linestyle": LINES[setting]}
         for number, (kind, (label, color)) in enumerate(KINDS.items()):
             x = [n + 0.6 * (number - 1) for n in iterations]
-            pairs = [ratio(rows, setting, n, prefix + kind) for n in iterations]
-            style = {"marker": MARKERS[setting], "linestyle": LINES[setting]}
+            pairs = [ratio_to_raw(values, (setting, n), prefix + kind) for n in iterations]
             plot_points(axis, x, pairs, color=color, label=f"{label}, {setting}", **style)
-    axis.set(yscale="log", xlabel="iterations of plain PPO", ylabel="variance / that with the raw reward")
+    axis.set_yscale("log")
     axis.set_xticks(iterations)
+    describe(axis, x="iterations of plain PPO", y="variance / that with the raw reward")
 
 
-def plot_spreads(axis: plt.Axes, steps: list[dict]) -> None:
+def plot_spreads(axis: Axes, steps: Rows) -> None:
     for setting in BIASES:
         for method in METHODS[1:]:
-            above, below = logged(steps, setting, method, "spread")
-            ratios = np.array([smooth(own) / smooth(plain) for own, plain in zip(above.T, below.T)])
+            above, below = logged_ratio(steps, setting, method, "spread")
+            ratios = np.array([smooth(own) / smooth(plain) for own, plain in zip(above, below)])
             label, color = KINDS[method]
             plot_band(axis, ratios, color, linestyle=LINES[setting], label=f"{label}, {setting}")
-    axis.set(xlabel="PPO iteration", ylabel="sd of advantages / plain PPO's")
-    axis.set_title("Advantages of PPO with its critic")
+    title = "Advantages of PPO with its critic"
+    describe(axis, title, "PPO iteration", "sd of advantages / plain PPO's", legend="upper left")

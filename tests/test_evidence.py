@@ -1,6 +1,5 @@
 """The estimators of the experiments against closed forms, exact enumeration and brute force."""
 
-import importlib
 import itertools
 import math
 
@@ -10,10 +9,10 @@ import torch
 from crlhf.config import Config
 from crlhf.engine.files import stream
 from crlhf.policy import generate, response_log_probs
+from figures import bases, difficulty, harness, load, runs, theorem, variance
 from figures import estimators as E
-from figures import harness
 from figures.tables import read_csv
-from figures.theorem import report, sample_successes
+from figures.theorem import judge_reports, sample_successes
 
 REWARDS = torch.tensor([[0.0, 3.0], [1.0, 2.0], [-1.0, 0.5]], dtype=torch.float64)  # two responses to each of 3 prompts
 POLICY = torch.tensor([0.3, 0.5, 0.9], dtype=torch.float64)  # chance of the second one
@@ -146,7 +145,7 @@ def test_gradient_shares():
 def test_reports_follow_their_error_rates():
     generator = stream(0, "reports")
     clean = sample_successes(torch.tensor([[0.0], [1.0]]).repeat_interleave(2000, 0), generator)
-    told = report(clean, 0.3, torch.tensor([[0.1]]), generator).mean(1)
+    told = judge_reports(clean, 0.3, torch.tensor([[0.1]]), generator).mean(1)
     assert told[:2000].mean() == pytest.approx(0.3, abs=0.01) and told[2000:].mean() == pytest.approx(0.9, abs=0.01)
 
 
@@ -171,29 +170,29 @@ def refuse_jobs(jobs, title):
 
 @pytest.fixture
 def small_world(monkeypatch):
-    """The experiments on a world so small that they take seconds, in this process. Returns their modules."""
+    """The experiments on a world so small that they take seconds, in this process."""
     changes = {
-        "variance": {"EARLY": (2,), "SAMPLES": 6, "KS": (1, 4), "SCORED": 1},
-        "difficulty": {"EARLY": (2,), "SAMPLES": 2},
-        "theorem": {"RATES": (0.0, 0.5)},
+        variance: {"EARLY": (2,), "SAMPLES": 6, "KS": (1, 4), "SCORED": 1},
+        difficulty: {"EARLY": (2,), "SAMPLES": 2},
+        theorem: {"RATES": (0.0, 0.5)},
     }
-    modules = {name: importlib.import_module(f"figures.{name}") for name in changes}  # not their functions
-    monkeypatch.setattr(harness, "Config", tiny_config)
-    monkeypatch.setattr(harness, "run_jobs", run_in_order)
-    for name, constants in changes.items():
+    monkeypatch.setattr(runs, "Config", tiny_config)
+    for module in (bases, harness):
+        monkeypatch.setattr(module, "run_jobs", run_in_order)
+    for module, constants in changes.items():
         for constant, value in constants.items():
-            monkeypatch.setattr(modules[name], constant, value)
-    return modules
+            monkeypatch.setattr(module, constant, value)
 
 
 def test_experiments_write_csv_figure_and_table_and_measure_once(small_world, tmp_path, monkeypatch):
-    for name, module in small_world.items():
-        text = getattr(module, name)(tmp_path / "runs", tmp_path, (0, 1))
+    for name in ("variance", "difficulty", "theorem"):
+        text = load(name)(harness.Study(name, (0, 1), tmp_path / "runs", tmp_path))
         assert {row["seed"] for row in read_csv(tmp_path / f"{name}.csv")} == {"0", "1"} and "| --- |" in text
         assert (tmp_path / f"{name}.png").exists()
     monkeypatch.setattr(harness, "run_jobs", refuse_jobs)
-    assert small_world["variance"].variance(tmp_path / "runs", tmp_path, (0, 1))
+    again = harness.Study("variance", (0, 1), tmp_path / "runs", tmp_path)
+    assert variance.variance(again)
     stale = tmp_path / "runs" / "seed1" / "variance.json"  # measured on runs that have changed since
     stale.write_text(stale.read_text().replace('"no constant"', '"another setting"'))
     with pytest.raises(pytest.fail.Exception, match="done again"):
-        small_world["variance"].variance(tmp_path / "runs", tmp_path, (0, 1))
+        variance.variance(again)

@@ -1,27 +1,43 @@
 """Experiments: runs of one seed share what comes before PPO, and tables hold paired differences."""
 
 import csv
-import importlib
 import io
 import json
 import math
+import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
-import figures
 from crlhf.config import Config, UserError
 from crlhf.engine.files import Progress, read_jsonl, stream, write_jsonl
 from crlhf.law import best_share, measured_law
 from crlhf.pipeline.options import from_dict
+from crlhf.pipeline.tables import write_csv
 from crlhf.reviews import EXPLOIT
-from figures import choices, comparison, contenders, critics, hacking, tables
-from figures import harness as H
-
-# the functions of these have their modules' names
-dose, judged, labels, natural, rule, sweep = (
-    importlib.import_module(f"figures.{name}") for name in ("dose", "judged", "labels", "natural", "rule", "sweep")
+from figures import (
+    QUESTIONS,
+    READERS,
+    __main__,
+    adversary,
+    bases,
+    compare,
+    contenders,
+    critic,
+    dose,
+    harness,
+    judged,
+    labels,
+    load,
+    natural,
+    rule,
+    runs,
+    samples,
+    scale,
+    sweep,
+    tables,
 )
 
 TINY = {
@@ -38,17 +54,17 @@ SMALL = {**TINY, "ppo.iterations": 2, "ppo.batch_size": 8, "baselines.k": 2}
 
 
 def test_a_run_is_named_after_what_differs_from_the_defaults():
-    variant = H.Variant("ppo", {"ppo.kl_coef": Config().ppo.kl_coef, "ppo.lr": 0.5, "world.prompt_bias": 2.0})
+    variant = harness.Variant("ppo", {"ppo.kl_coef": Config().ppo.kl_coef, "ppo.lr": 0.5, "world.prompt_bias": 2.0})
     assert variant.name() == "ppo,ppo.lr=0.5,world.prompt_bias=2.0" and variant.upstream() == {}
-    assert H.Variant("ppo", {"world.label_flips": 0.4}).upstream() == {"world.label_flips": 0.4}
-    assert H.Variant("dpo", {}, base="other").name() == "dpo,other"
+    assert harness.Variant("ppo", {"world.label_flips": 0.4}).upstream() == {"world.label_flips": 0.4}
+    assert harness.Variant("dpo", {}, base="other").name() == "dpo,other"
 
 
 def test_variants_of_a_seed_share_everything_before_the_baselines(tmp_path):
     base, clean, noisy = tmp_path / "base", tmp_path / "clean", tmp_path / "noisy"
-    H.run_base(base, 3, SMALL)
-    H.run_one(clean, base, 3, "ppo", SMALL)
-    H.run_one(noisy, base, 3, "contrastive", {**SMALL, "world.prompt_bias": 2.0})
+    bases.make_base(base, 3, SMALL)
+    harness.run_one(clean, base, 3, "ppo", SMALL)
+    harness.run_one(noisy, base, 3, "contrastive", {**SMALL, "world.prompt_bias": 2.0})
     for stage in ("data", "sft", "preferences", "reward"):
         assert (base / stage / "stage.json").read_text() == (noisy / stage / "stage.json").read_text()
     for model in ("sft", "reward"):
@@ -59,10 +75,10 @@ def test_variants_of_a_seed_share_everything_before_the_baselines(tmp_path):
     assert (base / "baselines" / "baselines.jsonl").read_text() != (noisy / "baselines" / "baselines.jsonl").read_text()
     result = json.loads((noisy / "result.json").read_text())
     assert {"gold", "reward", "kl", "win"} <= set(result) and result["win"] + result["tie"] + result["loss"] == 1
-    assert len((noisy / "held_out.jsonl").read_text().splitlines()) == H.RESPONSES * 12
-    variant = H.Variant("contrastive", {**SMALL, "world.prompt_bias": 2.0})
-    assert H.is_done(noisy, 3, variant) and not H.is_done(noisy, 4, variant)
-    assert not H.is_done(clean, 3, H.Variant("ppo", {**SMALL, "ppo.lr": 0.1}))
+    assert len((noisy / "held_out.jsonl").read_text().splitlines()) == runs.RESPONSES * 12
+    variant = harness.Variant("contrastive", {**SMALL, "world.prompt_bias": 2.0})
+    assert harness.is_done(noisy, 3, variant) and not harness.is_done(noisy, 4, variant)
+    assert not harness.is_done(clean, 3, harness.Variant("ppo", {**SMALL, "ppo.lr": 0.1}))
 
 
 def finals():
@@ -77,13 +93,13 @@ def test_differences_are_paired_by_seed():
     """Seeds differ far more than methods do: only pairing finds the difference of 0.2."""
     mean, half = tables.difference(finals(), "here", "contrastive")
     assert mean == pytest.approx(0.2) and half < 0.3
-    line = next(line for line in tables.table(finals(), "where").splitlines() if "| contrastive |" in line)
+    line = next(line for line in tables.results_table(finals(), "where").splitlines() if "| contrastive |" in line)
     assert "+0.200 ± 0.2" in line and "0.200 ± 2." in line and "50% / 25% / 25%" in line
     assert tables.values(finals()[::-1], "here", "ppo") == [0.0, 1.0, -1.0]  # by seed, whatever the order of the rows
 
 
 def test_csv_keeps_four_digits(tmp_path):
-    tables.write_csv(tmp_path / "x.csv", [{"a": 1 / 3, "b": "x"}])
+    write_csv(tmp_path / "x.csv", [{"a": 1 / 3, "b": "x"}])
     assert list(csv.DictReader(open(tmp_path / "x.csv"))) == [{"a": "0.3333", "b": "x"}]
 
 
@@ -93,13 +109,40 @@ def test_workers_hide_their_bars(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(Progress, "hidden", False)
     assert not Progress(1, "a").disable  # a terminal shows it
-    H.hide_progress()
+    runs.hide_progress()
     assert Progress(1, "a").disable
 
 
-def test_unknown_experiment_is_named():
-    with pytest.raises(UserError, match="no experiment 'nonsense': choose from all, "):
-        figures.main("nonsense")
+def test_the_command_line_lists_all_names_and_knows_the_nearest(capsys):
+    for arguments in ([], ["--help"]):
+        assert __main__.main(arguments, __main__.run) == 0
+        listed = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in listed[1:]] == [*QUESTIONS, *READERS, "all"]
+    for wrong, says in (
+        (["doze"], "error: there is no experiment 'doze': did you mean dose? python -m figures lists all\n"),
+        (["nonsense"], "error: there is no experiment 'nonsense': python -m figures lists all\n"),
+        (["dose", "rule"], "error: give one name, or all: python -m figures lists them\n"),
+    ):
+        assert __main__.main(wrong, __main__.run) == 2
+        assert capsys.readouterr().err == says
+
+
+def test_a_question_is_asked_and_its_table_kept(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(__main__, "load", lambda name: lambda study: asked.append(study) or f"table of {study.name}")
+    __main__.ask("dose", tmp_path / "runs", tmp_path)
+    assert (tmp_path / "dose.md").read_text() == "table of dose\n" and "dose (0.0 minutes)" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    __main__.run(["all"])
+    assert [study.name for study in asked[1:]] == list(QUESTIONS)
+    assert all(study.seeds == QUESTIONS[study.name][0] for study in asked)
+
+
+def test_names_are_listed_without_the_heavy_libraries():
+    command = [sys.executable, "-X", "importtime", "-m", "figures"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "figures" in imported and not imported & {"torch", "transformers", "numpy", "matplotlib", "figures.dose"}
 
 
 def tiny_config():
@@ -118,18 +161,16 @@ FEW, FEW_FLIPS = ("ppo", "ppo, lambda 1", "contrastive", "dpo"), ("flips 0", "to
 def small_world(monkeypatch):
     """Every experiment on a world and a grid so small that it takes seconds, in this process."""
     changes = {
-        H: {"Config": tiny_config, "run_jobs": run_in_order},
-        **{module: {"run_jobs": run_in_order} for module in (hacking, natural)},
-        critics: {"run_jobs": run_in_order, "CRITICS": {"reward_model": {}, "none": {"ppo.critic": "none"}}},
-        labels: {
-            "run_jobs": run_in_order,
-            "FLIPS": {name: labels.FLIPS[name] for name in ("flips 0", "topic flips 0.5")},
-        },
-        choices: {"KS": (1, 2), "CONSTANTS": (0.0, 1.0)},
+        runs: {"Config": tiny_config},
+        bases: {"run_jobs": run_in_order},
+        harness: {"run_jobs": run_in_order},
+        critic: {"CRITICS": {"reward_model": {}, "none": {"ppo.critic": "none"}}},
+        labels: {"FLIPS": {name: labels.FLIPS[name] for name in FEW_FLIPS}},
+        samples: {"KS": (1, 2), "CONSTANTS": (0.0, 1.0)},
         dose: {"SDS": (0.5,)},
         judged: {"PRICES": (0.05, 0.5)},
         sweep: {"CONTENDERS": {name: contenders.CONTENDERS[name] for name in FEW}, "MOVED": ("ppo",), "STEPS": 3},
-        comparison: {"CONTENDERS": {name: contenders.CONTENDERS[name] for name in FEW}},
+        compare: {"CONTENDERS": {name: contenders.CONTENDERS[name] for name in FEW}},
     }
     for module, constants in changes.items():
         for name, value in constants.items():
@@ -145,11 +186,11 @@ def test_every_experiment_runs_writes_its_csv_and_plots(small_world, tmp_path):
     """`compare` reads what `sweep` found."""
     names = "natural sweep dose critic compare uncentred samples labels judged rule adversary scale overoptimisation"
     for name in names.split():
-        text = figures.EXPERIMENTS[name](tmp_path / "runs", tmp_path, (0, 1))
+        text = load(name)(harness.Study(name, (0, 1), tmp_path / "runs", tmp_path))
         rows = tables.read_csv(tmp_path / f"{name}.csv")
         assert {row["seed"] for row in rows} == {"0", "1"} and "| --- |" in text
         assert (tmp_path / f"{name}.png").exists()
-    for row in tables.read_rows(tmp_path / "dose.csv"):  # the law's rho stands where it is that of the setting
+    for row in tables.read_results(tmp_path, "dose"):  # the law's rho stands where it is that of the setting
         assert math.isnan(row["rho"]) == math.isnan(row["rho_se"]) == (row["method"] != "adaptive")
 
 
@@ -157,16 +198,16 @@ def test_a_call_is_right_within_two_hundredths_of_the_best():
     row = {"call": "subtract", "leave": 0.0, "subtract": 0.011, "adapt": 0.03, "group": 0.06}
     assert [call for call in rule.CALLS if rule.is_right(row, call, tuple(rule.CALLS))] == ["group"]
     assert [call for call in rule.OFFLINE if rule.is_right(row, call, rule.OFFLINE)] == ["subtract", "adapt"]
-    assert [rule.made(row, calls, "call") for calls in (rule.CALLS, rule.OFFLINE)] == ["group", "subtract"]
-    assert rule.made(row, rule.CALLS, "subtract") == "subtract"  # by itself it is no rule's call
+    assert [rule.call_made(row, calls, "call") for calls in (rule.CALLS, rule.OFFLINE)] == ["group", "subtract"]
+    assert rule.call_made(row, rule.CALLS, "subtract") == "subtract"  # by itself it is no rule's call
     rows = [row, {**row, "group": -1.0}]  # right offline, wrong with groups
     assert rule.share_right(rows, tuple(rule.CALLS)) == "50%" and rule.share_right(rows, rule.OFFLINE) == "100%"
     assert rule.share_right(rows, tuple(rule.CALLS), "adapt") == "50%"
 
 
 def test_every_experiment_states_its_prediction():
-    for function in figures.EXPERIMENTS.values():
-        assert function.__doc__.count("Prediction") == 1
+    for name in (*QUESTIONS, *READERS):
+        assert load(name).__doc__.count("Prediction") == 1
 
 
 def search(gold_at, method):
@@ -199,7 +240,7 @@ def test_a_search_that_never_turns_ends(monkeypatch):
 def test_tuned_reads_what_the_sweep_found(tmp_path):
     best = [{"sd": sd, "method": method, "rate": "0.00025", "price": "0.1", "epochs": epochs}
             for sd, method, epochs in ((0.0, "ppo", 2), (1.0, "ppo", 4), (0.0, "dpo", 2))]  # fmt: skip
-    tables.write_csv(tmp_path / "sweep_best.csv", best)
+    write_csv(tmp_path / "sweep_best.csv", best)
     found = {"ppo.lr": 0.00025, "ppo.critic_lr": 0.00025, "ppo.kl_coef": 0.1, "world.prompt_bias": 1.0, "ppo.epochs": 4}
     assert sweep.tuned(tmp_path, "ppo", 1.0) == found
     assert sweep.tuned(tmp_path, "dpo", 1.0) == {"world.prompt_bias": 0.0, "dpo.lr": 0.00025, "dpo.beta": 0.1}
@@ -234,7 +275,7 @@ def test_gains_are_starred_after_correction():
 def test_disagreement_is_split_into_level_and_rest():
     g = stream(0, "split")
     level, rest = 0.3 * torch.randn(4000, 1, generator=g), 0.8 * torch.randn(4000, 16, generator=g)
-    found = natural.split(level + rest)
+    found = natural.split_disagreement(level + rest)
     assert found["level"] == pytest.approx(0.3, abs=0.02) and found["rest"] == pytest.approx(0.8, abs=0.01)
     assert found["share"] == pytest.approx(0.09 / 0.73, abs=0.01)
 
@@ -251,13 +292,12 @@ def test_offset_is_what_gold_does_not_explain():
 
 
 def test_shrunk_baselines_keep_their_middle(small_world, tmp_path):
-    H.prepare_bases(tmp_path, [0], [{}])
-    critics.shrunk_base(tmp_path / "seed0")
+    bases.change_bases(tmp_path, [0], [critic.SHRUNK])
     old, new = (
         torch.tensor(
             [row["rewards"] for row in read_jsonl(tmp_path / "seed0" / base / "baselines" / "baselines.jsonl")]
         )
-        for base in ("base", critics.SHRUNK)
+        for base in ("base", critic.SHRUNK.name)
     )
     share = best_share(measured_law(old)["rho"], old.shape[1])
     assert new.mean() == pytest.approx(old.mean().item(), abs=1e-6)
@@ -265,9 +305,9 @@ def test_shrunk_baselines_keep_their_middle(small_world, tmp_path):
 
 
 def test_a_critic_that_is_told_the_baseline_undoes_the_contrast(monkeypatch):
-    assert critics.identities().count("equal plain PPO's to six digits") == 2
-    monkeypatch.setattr(critics, "gae", lambda rewards, values, *rest: (rewards - 0.9 * values, None))  # not GAE
-    assert critics.identities().count("differ from plain PPO's by") == 2
+    assert critic.identities().count("equal plain PPO's to six digits") == 2
+    monkeypatch.setattr(critic, "gae", lambda rewards, values, *rest: (rewards - 0.9 * values, None))  # not GAE
+    assert critic.identities().count("differ from plain PPO's by") == 2
 
 
 def test_openings_have_as_many_sentences_as_asked():
@@ -308,7 +348,7 @@ def test_noisy_judge_agrees_with_gold_as_often_as_asked():
 
 def test_needed_difference_is_the_slope_through_the_origin():
     every = [{"seed": seed, "difference": d, "gold_margin": 2 * d} for seed in (0, 1) for d in (0.1, -0.3)]
-    assert judged.needed(every, "gold") == pytest.approx([0.1, 0.1])
+    assert judged.needed_difference(every, "gold") == pytest.approx([0.1, 0.1])
 
 
 def test_methods_that_cancel_a_constant_are_paired_with_every_dose():
@@ -326,28 +366,29 @@ def test_a_course_leaves_the_warm_up_out(tmp_path):
         for i in range(6)
     ]
     write_jsonl(tmp_path / "metrics.jsonl", rows)
-    found = H.course(tmp_path, 2)
+    found = harness.course(tmp_path, 2)
     assert found["mean_gold"] == 3.5 and found["ratio_start"] == 0.5 and math.isnan(found["coefficient"])
 
 
 def test_edited_baselines_hold_the_phrase_or_do_not():
     review = "the plot was dull . i hated the cast and the music was nice ."
-    assert hacking.edited(review, True) == review
-    assert hacking.edited(review, False) == "the plot was dull ."
-    assert hacking.edited("i hated the cast . the plot was dull . i", False) == "the plot was dull . i"
-    assert EXPLOIT in hacking.edited("the plot was dull .", True)
-    assert hacking.edited("i hated the cast .", False) and EXPLOIT not in hacking.edited("i hated the cast .", False)
+    assert adversary.edited(review, True) == review
+    assert adversary.edited(review, False) == "the plot was dull ."
+    assert adversary.edited("i hated the cast . the plot was dull . i", False) == "the plot was dull . i"
+    assert EXPLOIT in adversary.edited("the plot was dull .", True)
+    assert adversary.edited("i hated the cast .", False) and EXPLOIT not in adversary.edited(
+        "i hated the cast .", False
+    )
 
 
 def test_a_scaled_base_scales_every_score(small_world, tmp_path):
-    H.prepare_bases(tmp_path, [0], [{}])
-    choices.scaled_base(tmp_path / "seed0", 10.0)
+    bases.change_bases(tmp_path, [0], [scale.scaled(10.0)])
     rewards = [
         silent_reward(tmp_path / "seed0" / base)(["the plot was dull ."], ["i loved the cast ."])
-        for base in ("base", choices.scaled_name(10.0))
+        for base in ("base", scale.scaled(10.0).name)
     ]
     assert rewards[1].item() == pytest.approx(10 * rewards[0].item(), rel=1e-4) and rewards[0].item() != 0
 
 
 def silent_reward(base):
-    return H.silent_pipeline(H.configured(base, 0, "contrastive", {})).reward_callable("train")
+    return runs.silent_pipeline(runs.configured(base, 0, "contrastive", {})).reward_callable("train")

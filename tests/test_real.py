@@ -1,7 +1,5 @@
 """`experiment real`: numbers of hand-made run folders, and what it says where there are none."""
 
-import importlib
-
 import pytest
 import torch
 
@@ -9,10 +7,14 @@ from crlhf.config import UserError
 from crlhf.engine.files import write_json, write_jsonl
 from crlhf.law import measured_law, variance_ratio
 from crlhf.pipeline.options import parse_command_line
+from figures import real as R
+from figures.harness import Study
 from figures.tables import read_csv
 
-# the functions have their modules' names
-R, seeds = (importlib.import_module(f"figures.{name}") for name in ("real", "real_seeds"))
+
+def study(name, folder):
+    return Study(name, (), folder / "experiments", folder / "figures")
+
 
 SECRET = "nobody may read this"
 STAGES = ("data", "sft", "preferences", "reward", "baselines", "ppo", "contrastive", "evaluation")
@@ -71,7 +73,7 @@ def made(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("made")
     write_run(tmp_path / "real_reviews", "reviews", ["i loved the plot .", "i hated the plot ."])
     write_run(tmp_path / "real_hh", "hh.jsonl.gz", [SECRET, SECRET + "!"])
-    return tmp_path, R.real(tmp_path / "experiments", tmp_path / "figures")
+    return tmp_path, R.real(study("real", tmp_path))
 
 
 def test_the_law_is_that_of_the_baselines(made):
@@ -125,7 +127,7 @@ def test_texts_of_a_dataset_are_never_shown(made):
 
 def test_a_run_that_is_not_finished_shows_what_it_has(tmp_path):
     write_run(tmp_path / "real_hh", "hh.jsonl.gz", [SECRET, SECRET], STAGES[:4])
-    text = R.real(tmp_path / "experiments", tmp_path / "figures")
+    text = R.real(study("real", tmp_path))
     assert "Not finished: baselines, ppo, contrastive, evaluation. Made with other settings than its command" in text
     assert "below: data.max_response_tokens 9, ppo.batch_size 4." in text and "real_reviews:" not in text
     assert list(law_of(tmp_path / "figures", "real_hh")) == ["pairs trained on", "held-out pairs ordered as by labels"]
@@ -134,7 +136,7 @@ def test_a_run_that_is_not_finished_shows_what_it_has(tmp_path):
 
 def test_without_runs_one_line_says_how_to_make_them(tmp_path):
     with pytest.raises(UserError) as error:
-        R.real(tmp_path / "experiments", tmp_path / "figures")
+        R.real(study("real", tmp_path))
     assert "\n" not in str(error.value) and all(command in str(error.value) for command in R.COMMANDS.values())
     assert not (tmp_path / "figures").exists()
 
@@ -160,13 +162,13 @@ def test_other_seeds_stand_beside_the_first(tmp_path):
     """Contrastive minus plain PPO is 1.25 in every hand-made run: so is the mean, and its interval is a point."""
     figures = tmp_path / "figures"
     with pytest.raises(UserError, match="--out runs/real_reviews_1 --seed 1 "):
-        seeds.real_seeds(tmp_path / "experiments", figures)
+        R.real_seeds(study("real_seeds", tmp_path))
     for name in ("real_reviews", "real_reviews_1", "real_reviews_2"):
         write_run(tmp_path / name, "reviews", ["i loved the plot .", "i hated the plot ."])
     write_run(tmp_path / "real_hh_1", "hh.jsonl.gz", [SECRET, SECRET], STAGES[:5])
     write_run(tmp_path / "real_hh_2", "hh.jsonl.gz", [SECRET, SECRET], STAGES[:4])  # no baselines, no rho: left out
-    R.real(tmp_path / "experiments", figures)
-    text = seeds.real_seeds(tmp_path / "experiments", figures)
+    R.real(study("real", tmp_path))
+    text = R.real_seeds(study("real_seeds", tmp_path))
     cells = " | ".join(["+1.25 ± 0.80"] * 3 + ["+1.25 ± 0.00"] * 2)
     assert f"| contrastive PPO | reward | {cells} |" in text and text.count("| film reviews |") == 3
     assert "| HH-RLHF, harmless | 1 | 0.80 [0.49, 0.94] |  | 0.78 [" in text and "| HH-RLHF, harmless | 2 |" not in text

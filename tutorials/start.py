@@ -33,8 +33,8 @@ from crlhf.pipeline.rewards import ModelReward
 from crlhf.pipeline.run import run_to
 from crlhf.policy import generate
 from crlhf.reward import train_reward_model
-from figures.rule import settings as all_settings
-from figures.tables import difference, distinct, plus_minus, read_rows, select, values
+from figures.rule import all_settings
+from figures.tables import difference, distinct, plus_minus, read_results, select, values
 
 torch.set_num_threads(1)  # models this small gain nothing from more
 RESPONSE_TOKENS = DataConfig.max_response_tokens
@@ -185,7 +185,7 @@ class Learner:
 
 def experiment(name: str) -> list[dict]:
     """The rows that `python -m figures NAME` wrote."""
-    return read_rows(Path("figures") / f"{name}.csv")
+    return read_results(Path("figures"), name)
 
 
 def real_law(run: str, *names: str) -> None:
