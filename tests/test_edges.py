@@ -24,7 +24,7 @@ from crlhf.engine import hub
 from crlhf.engine.checkpoint import Checkpoint, Job
 from crlhf.engine.models import load_model
 from crlhf.engine.tokenizers import word_tokenizer
-from crlhf.pipeline import checks, folder
+from crlhf.pipeline import folder, memory
 from crlhf.pipeline.options import options
 from crlhf.pipeline.rewards import load_function_reward
 from crlhf.reviews import WORDS
@@ -515,13 +515,13 @@ def test_only_what_a_run_does_has_to_fit(monkeypatch):
     """A batch for DPO that is far too large is no reason to refuse a run of PPO."""
     config = Config()
     config.dpo.batch_size = 100_000
-    monkeypatch.setattr(checks, "total_memory", lambda: 8e9)
-    checks.check_size(config)
+    monkeypatch.setattr(memory, "total_memory", lambda: 8e9)
+    memory.check_size(config)
     config.run.methods = "ppo,dpo"
     with pytest.raises(UserError, match="--dpo-batch-size 100000 needs at least .* use [0-9]+ or less"):
-        checks.check_size(config)
+        memory.check_size(config)
     config.run.micro_batch_size = 64
-    checks.check_size(config)  # a step may be as large as it likes where it is done in pieces
+    memory.check_size(config)  # a step may be as large as it likes where it is done in pieces
     config.run.micro_batch_size = 90_000
     with pytest.raises(UserError, match="--micro-batch-size 90000 needs at least"):
-        checks.check_size(config)
+        memory.check_size(config)

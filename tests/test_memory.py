@@ -1,5 +1,6 @@
 """Memory: parameter counts against the published ones, and what is computed against what torch's profiler sees."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 
 from crlhf.__main__ import main
 from crlhf.bench import memory
-from crlhf.config import Config
+from crlhf.config import Config, UserError
 from crlhf.engine.forward import recompute_activations
 from crlhf.engine.text import Batch
+from crlhf.pipeline.memory import check_size, passes_of, tiny_bytes
+from crlhf.pipeline.options import parse_command_line
 
 
 @pytest.mark.parametrize(
@@ -32,8 +35,12 @@ SHAPES = {
 
 
 def measured_bytes(stage, shape):
-    """The same step on real tensors: the highest sum of what torch's CPU allocator was asked for and given back."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+    """The same step on real tensors: the highest sum of what torch's CPU allocator was asked for and given back.
+
+    Without oneDNN, which multiplies in bf16 by way of large fp32 buffers where a processor has no bf16.
+    """
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with torch.backends.mkldnn.flags(enabled=False), profiler as prof:
         stage(shape)
     changes = [(e.start_ns(), e.nbytes()) for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = torch.tensor([size for _, size in sorted(changes, key=lambda change: change[0])]).cumsum(0)
@@ -70,6 +77,53 @@ def test_the_command_names_the_peak_and_the_knob_that_lowers_it(capsys):
     assert [line.split()[0] for line in out[1:-1]] == ["sft", "reward", "baselines", "ppo", "dpo"]
     assert out[-1].endswith("in dpo: --micro-batch-size (now a whole step) lowers it")
     assert main(["memory", "--nonsense", "1"]) == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",  # the defaults
+        "--model-width 512 --sampling-batch-size 4 --ppo-batch-size 16",  # weights
+        "--model-layers 6 --max-prompt-tokens 400 --max-response-tokens 200 --ppo-critic shared",  # texts
+        "--dataset x --model-vocab-size 20000 --ppo-batch-size 256 --sampling-batch-size 16",  # words
+        "--ppo-batch-size 512 --micro-batch-size 32 --sampling-batch-size 16",  # steps in several passes
+        "--ppo-batch-size 256 --model-layers 6 --sampling-batch-size 16 --ppo-recompute-activations true",
+        "--model-layers 4 --ppo-critic none --reward gold --k 300",
+    ],
+)
+def test_the_formulas_for_the_tiny_model_are_what_is_counted(options):
+    _, _, config = parse_command_line([*options.split(), "--methods", "ppo,dpo"])
+    stages = memory.stages_of(config, memory.model_shape(config), torch.float32)
+    assert list(stages) == list(passes_of(config))
+    for name, stage in stages.items():
+        counted = memory.stage_bytes(*stage)
+        assert tiny_bytes(config, name) == pytest.approx(counted, rel=0.15), (name, counted)
+
+
+@pytest.mark.parametrize(
+    "arguments, option, limit",
+    [
+        ("--model-width 100000", ("model", "width"), 8e9),
+        ("--max-response-tokens 50000", ("data", "max_response_tokens"), 8e9),
+        ("--sampling-batch-size 90000", ("run", "sampling_batch_size"), 8e9),
+        ("--k 5000", ("baselines", "k"), 1e9),
+        ("--reward-batch-size 100000", ("reward", "batch_size"), 1e9),
+        ("--ppo-batch-size 90000 --train-prompts 90000", ("run", "micro_batch_size"), 1e9),
+    ],
+)
+def test_a_size_that_is_refused_comes_with_the_largest_that_fits(monkeypatch, arguments, option, limit):
+    monkeypatch.setattr("crlhf.pipeline.memory.total_memory", lambda: limit)
+    _, _, config = parse_command_line(arguments.split())
+    with pytest.raises(UserError, match="needs at least [0-9]+ GB, and this machine has [18] GB: use ") as error:
+        check_size(config)
+    assert option[1].replace("_", "-") in str(error.value)
+    fits = int(re.search(r"use (\d+) or less", str(error.value))[1])
+    group = getattr(config, option[0])
+    setattr(group, option[1], fits)
+    check_size(config)
+    setattr(group, option[1], fits + 1)
+    with pytest.raises(UserError):
+        check_size(config)
 
 
 SMALL = {"hidden_size": 64, "vocab_size": 40, "num_attention_heads": 4, "initializer_range": 0.1}

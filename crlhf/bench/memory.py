@@ -34,13 +34,12 @@ from ..engine.models import pick_device, pick_precision, read_model_config
 from ..engine.peak import peak_bytes, start_peak
 from ..engine.text import Batch
 from ..engine.training import adamw, gradient_step
+from ..pipeline.memory import GB, passes_of, tiny_vocabulary
 from ..pipeline.options import parse_command_line
 from ..policy import next_token
 from ..ppo import MicroBatch, Models, Rollout, micro_batch_loss
 from ..reward import bradley_terry_loss
 from ..sft import sft_loss
-
-GB = 1e9
 
 
 def configs() -> dict[str, PretrainedConfig]:
@@ -100,10 +99,10 @@ class Shape:
 
     model: PretrainedConfig
     rows: int  # of one forward and backward pass: responses, demonstrations or pairs
-    pieces: int  # such passes in a step
+    passes: int  # in a step
     prompt: int  # tokens
     response: int
-    sampled: int  # responses sampled at once
+    sampled: int  # responses of a rollout that are sampled at once
     critic: str
     recompute: bool
     dtype: torch.dtype
@@ -125,10 +124,10 @@ def full_batch(rows: int, shape: Shape) -> Batch:
     return Batch(prompts, prompts > 0, responses, responses > 0)
 
 
-def one_step(loss_of: Callable, optimizers: list, pieces: int) -> None:
-    """A later step: AdamW's moments are there, and before the last of several pieces the gradients of others, too."""
+def one_step(loss_of: Callable, optimizers: list, passes: int) -> None:
+    """A later step: AdamW's moments are there, and before the last of several passes the gradients of others, too."""
     parameters = [p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]]
-    for has_gradients in (True, pieces > 1):
+    for has_gradients in (True, passes > 1):
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if has_gradients else None
         if optimizers[0].state:
@@ -139,7 +138,7 @@ def one_step(loss_of: Callable, optimizers: list, pieces: int) -> None:
 
 def sft_stage(shape: Shape) -> None:
     model, batch = language_model(shape), full_batch(shape.rows, shape)
-    one_step(lambda: sft_loss(model, batch), [adamw(model)], shape.pieces)
+    one_step(lambda: sft_loss(model, batch), [adamw(model)], shape.passes)
 
 
 def reward_stage(shape: Shape) -> None:
@@ -148,7 +147,7 @@ def reward_stage(shape: Shape) -> None:
     def loss() -> Tensor:
         return bradley_terry_loss(*sequence_logits(model, sequences, 0).squeeze(1).chunk(2))
 
-    one_step(loss, [adamw(model)], shape.pieces)
+    one_step(loss, [adamw(model)], shape.passes)
 
 
 def dpo_stage(shape: Shape) -> None:
@@ -160,7 +159,7 @@ def dpo_stage(shape: Shape) -> None:
             reference = sequence_log_probs(ref_policy, batch).chunk(2)
         return dpo_loss(*sequence_log_probs(policy, batch).chunk(2), *reference, 0.1)[0]
 
-    one_step(loss, [adamw(policy)], shape.pieces)
+    one_step(loss, [adamw(policy)], shape.passes)
 
 
 def ppo_stage(shape: Shape, config: Config) -> None:
@@ -175,14 +174,18 @@ def ppo_stage(shape: Shape, config: Config) -> None:
         for network in networks:
             recompute_activations(network)
     batch, table = full_batch(shape.rows, shape), torch.zeros(shape.rows, shape.response)
-    piece = MicroBatch(torch.arange(shape.rows), batch)
+    micro_batch = MicroBatch(torch.arange(shape.rows), batch)
     rollout = Rollout([], [], None, batch, [], table, table, table, table, table, table)
-    one_step(lambda: micro_batch_loss(models, rollout, piece, config.ppo)[0], [*map(adamw, networks)], shape.pieces)
-    sample_and_score(policy, reward, min(config.ppo.batch_size, shape.sampled), shape)
+
+    def loss() -> Tensor:
+        return micro_batch_loss(models, rollout, micro_batch, config.ppo)[0]
+
+    one_step(loss, [adamw(network) for network in networks], shape.passes)
+    sample_and_score(policy, reward, shape.sampled, shape)
 
 
 def sampling_stage(shape: Shape) -> None:
-    sample_and_score(language_model(shape), scalar(shape).requires_grad_(False), shape.sampled, shape)
+    sample_and_score(language_model(shape), scalar(shape).requires_grad_(False), shape.rows, shape)
 
 
 @torch.no_grad()
@@ -203,22 +206,27 @@ def sample_and_score(policy: Model, reward: Model, rows: int, shape: Shape) -> N
 
 def stages_of(config: Config, model: PretrainedConfig, dtype: torch.dtype) -> dict[str, tuple[Callable, Shape]]:
     """The stages of a run that need memory, each as a function and what to call it with."""
-    micro, data, run = config.run.micro_batch_size, config.data, config.run
-    lengths = data.max_prompt_tokens, data.max_response_tokens, run.sampling_batch_size
-
-    def shape(step: int) -> Shape:
-        rows = min(micro or step, step)
-        return Shape(
-            model, rows, -(-step // rows), *lengths, config.ppo.critic, config.ppo.recompute_activations, dtype
+    functions = {
+        "sft": sft_stage,
+        "reward": reward_stage,
+        "baselines": sampling_stage,
+        "ppo": partial(ppo_stage, config=config),
+        "dpo": dpo_stage,
+    }
+    stages = {}
+    for name, one_pass in passes_of(config).items():
+        shape = Shape(
+            model=model,
+            rows=one_pass.rows,
+            passes=one_pass.passes,
+            prompt=config.data.max_prompt_tokens,
+            response=config.data.max_response_tokens,
+            sampled=min(config.ppo.batch_size, config.run.sampling_batch_size),
+            critic=config.ppo.critic,
+            recompute=config.ppo.recompute_activations,
+            dtype=dtype,
         )
-
-    stages = {"sft": (sft_stage, shape(config.sft.batch_size))}
-    if config.reward.source == "train":
-        stages["reward"] = reward_stage, shape(config.reward.batch_size)
-    stages["baselines"] = sampling_stage, shape(1)
-    stages["ppo"] = partial(ppo_stage, config=config), shape(config.ppo.batch_size // config.ppo.minibatches)
-    if "dpo" in config.method_list():
-        stages["dpo"] = dpo_stage, shape(config.dpo.batch_size)
+        stages[name] = functions[name], shape
     return stages
 
 
@@ -243,10 +251,9 @@ def model_shape(config: Config) -> PretrainedConfig:
     """The architecture of --model: of a known name, of the tiny model, or as its config.json says."""
     model = config.model
     if model.name == "tiny":
-        vocabulary = 50 if config.data.dataset == "reviews" else model.vocab_size
         context = config.data.max_prompt_tokens + config.data.max_response_tokens
         sizes = {"n_embd": model.width, "n_layer": model.layers, "n_head": model.heads}
-        return GPT2Config(vocab_size=vocabulary, n_positions=context, **sizes)
+        return GPT2Config(vocab_size=tiny_vocabulary(config), n_positions=context, **sizes)
     return configs().get(model.name) or read_model_config(model.name)
 
 

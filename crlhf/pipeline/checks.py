@@ -1,7 +1,6 @@
 """A whole run, tried out before its first stage trains: does everything load, fit and answer?"""
 
 import inspect
-import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ from ..policy import generate
 from .pipeline import Pipeline
 from .rewards import ModelReward
 
-GB = 1e9
 # Where --sampling-batch-size rows are worked on at once; everywhere else it is --micro-batch-size.
 SAMPLES_OR_SCORES = {inspect.unwrap(step).__code__ for step in (generate, ModelReward.__call__, evaluate_policy)}
 
@@ -101,47 +99,6 @@ def try_sampling(model: Model, tokenizer: Tokenizer) -> None:
                 rows = rows[::3]
                 cache.keep(rows)
             cache.next_logits(rows[:, None])  # any token of the vocabulary will do
-
-
-def check_size(config: Config) -> None:
-    """Refuse sizes that can't fit into this machine's memory, with a number that would. A rough lower bound."""
-    if config.model.name != "tiny":
-        return
-    model, data, available = config.model, config.data, total_memory()
-    columns = data.max_prompt_tokens + data.max_response_tokens
-    vocabulary = model.vocab_size if config.data.dataset != "reviews" else 50
-    parameters = model.layers * 12 * model.width**2 + (vocabulary + columns) * model.width
-    refuse(parameters * 40, available, "--model-width", model.width, 0.5)  # policy and critic trained, two more kept
-    row = columns * 4 * (model.layers * 16 * model.width) + data.max_response_tokens * vocabulary * 12  # bytes
-    cached = columns * 8 * model.layers * model.width
-    refuse(cached + row, available, "--max-response-tokens", data.max_response_tokens, 1.0)
-    refuse(
-        config.run.sampling_batch_size * cached, available, "--sampling-batch-size", config.run.sampling_batch_size, 1.0
-    )
-    refuse(config.baselines.k * cached, available, "--k", config.baselines.k, 1.0)
-    steps = [("--sft-batch-size", config.sft.batch_size, 1)]  # option, rows of a step, texts of a row
-    steps += [("--micro-batch-size", config.ppo.batch_size // config.ppo.minibatches, 1)]
-    steps += [("--reward-batch-size", config.reward.batch_size, 2)] if config.reward.source == "train" else []
-    steps += [("--dpo-batch-size", config.dpo.batch_size, 2)] if "dpo" in config.method_list() else []
-    for option, rows, texts in steps:
-        at_once = min(config.run.micro_batch_size or rows, rows)
-        refuse(at_once * texts * row, available, "--micro-batch-size" if at_once < rows else option, at_once, 1.0)
-
-
-def refuse(needed: float, available: float, option: str, value: int, power: float) -> None:
-    """needed: bytes, which grow like value ** (1 / power)."""
-    if needed > available:
-        fits = max(1, int(value * (available / needed) ** power))
-        what = f"{option} {value} needs at least {needed / GB:.0f} GB, and this machine has {available / GB:.0f} GB"
-        raise UserError(f"{what}: use {fits} or less")
-
-
-def total_memory() -> float:
-    """Bytes of this machine's memory; infinite where the system doesn't say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return float("inf")
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from ..config import UserError
 from ..engine.files import read_json, write_json
 from ..engine.peak import peak_bytes, start_peak
 from . import folder
-from .checks import check_answers, check_batch, check_size, naming_the_knob
+from .checks import check_answers, check_batch, naming_the_knob
+from .memory import check_size
 from .pipeline import Pipeline
 from .plan import Stage, make_plan, requirements
 from .report import write_report
