@@ -84,6 +84,7 @@ def test_the_command_names_the_peak_and_the_knob_that_lowers_it(capsys):
     [
         "",  # the defaults
         "--model-width 512 --sampling-batch-size 4 --ppo-batch-size 16",  # weights
+        "--model-width 256 --ppo-batch-size 32",  # the rollout needs more than the update
         "--model-layers 6 --max-prompt-tokens 400 --max-response-tokens 200 --ppo-critic shared",  # texts
         "--dataset x --model-vocab-size 20000 --ppo-batch-size 256 --sampling-batch-size 16",  # words
         "--ppo-batch-size 512 --micro-batch-size 32 --sampling-batch-size 16",  # steps in several passes

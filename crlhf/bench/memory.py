@@ -180,7 +180,8 @@ def ppo_stage(shape: Shape, config: Config) -> None:
     def loss() -> Tensor:
         return micro_batch_loss(models, rollout, micro_batch, config.ppo)[0]
 
-    one_step(loss, [adamw(network) for network in networks], shape.passes)
+    optimizers = [adamw(network) for network in networks]  # their moments stay while the next rollout is sampled
+    one_step(loss, optimizers, shape.passes)
     sample_and_score(policy, reward, shape.sampled, shape)
 
 
