@@ -184,6 +184,18 @@ class ExportConfig:
     gpus: int = knob(8, "GPUs of the machine that the launch command is for", 1, 10_000)
 
 
+@dataclass
+class BenchmarkConfig:
+    """`python -m crlhf benchmark`: what is timed, and where."""
+
+    size: str = knob("tiny", "of the models", choices=("tiny", "small", "gpt2"))
+    rounds: int = knob(5, "timed rounds", 1, 10_000)
+    device: str = knob("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = knob("auto", "of matrix products", choices=("auto", "fp32", "bf16"))
+    threads: int = knob(0, "CPU threads (0: as many as torch chooses)", 0, 256)
+    against: str = knob("none", "trl: only compare with TRL's PPOTrainer (needs TRL 1.12.0)", choices=("none", "trl"))
+
+
 # What a pretrained --model gets where the command line says nothing: the defaults above are the tiny model's.
 PRETRAINED = {
     "run": {"sampling_batch_size": 64, "micro_batch_size": 8},

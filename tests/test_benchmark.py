@@ -1,12 +1,16 @@
+import gc
 import sys
+import weakref
 from collections import Counter
+from dataclasses import fields
 
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from crlhf.bench import benchmark
-from crlhf.config import UserError
+from crlhf.config import BenchmarkConfig, UserError
+from crlhf.engine.peak import peak_bytes, start_peak
 from crlhf.policy import generate
 
 MICRO = benchmark.Workload(
@@ -74,9 +78,41 @@ def test_responses_end_at_the_chance_that_was_asked_for():
 
 
 def test_peak_memory_holds_what_was_held():
-    before = benchmark.peak_mebibytes(CPU)
+    start_peak(CPU)
+    before = peak_bytes(CPU)
     torch.ones(300 * 2**20 // 4).sum()
-    assert 0 < before and benchmark.peak_mebibytes(CPU) >= 300
+    assert 0 < before and peak_bytes(CPU) >= before + 200 * 2**20
+
+
+def test_every_size_can_be_asked_for():
+    (sizes,) = (knob for knob in fields(BenchmarkConfig) if knob.name == "size")
+    assert sizes.metadata["choices"] == tuple(benchmark.SIZES)
+
+
+@pytest.mark.parametrize("collects_garbage", [True, False])
+def test_trl_without_its_collections_passes_over_what_was_there_before(collects_garbage):
+    class Node:
+        pass
+
+    def circle():
+        node = Node()
+        node.itself = node
+        return weakref.ref(node)
+
+    class Trainer:
+        def train(self):
+            self.new = circle()
+            gc.collect()
+
+    gc.disable()  # collections of its own would come at any time
+    try:
+        trainer, old = Trainer(), circle()
+        benchmark.train_trl(trainer, collects_garbage)
+        assert trainer.new() is None and (old() is None) == collects_garbage
+        gc.collect()
+        assert old() is None  # nothing stays frozen
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
@@ -86,6 +122,7 @@ def test_peak_memory_holds_what_was_held():
         (["--rounds", "0"], "--rounds"),
         (["--rounds", "x"], "--rounds"),
         (["--threads", "-1"], "--threads"),
+        (["--device", "abacus"], "abacus"),
         (["--against", "me"], "--against"),
         (["--bogus"], "--bogus"),
     ],
