@@ -188,10 +188,10 @@ class ExportConfig:
 class BenchmarkConfig:
     """`python -m crlhf benchmark`: what is timed, and where."""
 
-    size: str = knob("tiny", "of the models", choices=("tiny", "small", "gpt2"))
+    size: str = knob("tiny", "of the models: tiny, small or gpt2", choices=("tiny", "small", "gpt2"))
     rounds: int = knob(5, "timed rounds", 1, 10_000)
-    device: str = knob("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = knob("auto", "of matrix products", choices=("auto", "fp32", "bf16"))
+    device: str = knob("auto", "where to compute: cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = knob("auto", "of matrix products: fp32 or bf16", choices=("auto", "fp32", "bf16"))
     threads: int = knob(0, "CPU threads (0: as many as torch chooses)", 0, 256)
     against: str = knob("none", "trl: only compare with TRL's PPOTrainer (needs TRL 1.12.0)", choices=("none", "trl"))
 

@@ -23,7 +23,7 @@ from crlhf.pipeline.options import parse_command_line
     [("gpt2", 124_439_808), ("HuggingFaceTB/SmolLM2-135M", 134_515_008), ("Qwen/Qwen2.5-0.5B", 494_032_768)],
 )
 def test_parameter_counts_are_the_published_ones(name, published):
-    assert memory.count_parameters(memory.configs()[name]) == published
+    assert memory.count_parameters(memory.published_shapes()[name]) == published
 
 
 SIZES = {"vocab_size": 3000, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}

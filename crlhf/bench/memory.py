@@ -36,22 +36,35 @@ from ..engine.text import Batch
 from ..engine.training import adamw, gradient_step
 from ..pipeline.memory import GB, passes_of, tiny_vocabulary
 from ..pipeline.options import parse_command_line
+from ..pipeline.tables import markdown_table
 from ..policy import next_token
 from ..ppo import MicroBatch, Models, Rollout, micro_batch_loss
 from ..reward import bradley_terry_loss
 from ..sft import sft_loss
 
 
-def configs() -> dict[str, PretrainedConfig]:
-    """The three models of the README, by their published shapes. No weights are needed to count."""
-    smollm2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
-    smollm2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
-    qwen = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
-    qwen |= {"num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
+def published_shapes() -> dict[str, PretrainedConfig]:
+    """Three models by their published shapes. No weights are needed to count."""
     return {
         "gpt2": GPT2Config(),
-        "HuggingFaceTB/SmolLM2-135M": LlamaConfig(**smollm2),
-        "Qwen/Qwen2.5-0.5B": Qwen2Config(**qwen),
+        "HuggingFaceTB/SmolLM2-135M": LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+        ),
+        "Qwen/Qwen2.5-0.5B": Qwen2Config(
+            vocab_size=151936,
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        ),
     }
 
 
@@ -66,7 +79,9 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.known, self.bytes, self.peak = weakref.WeakSet(), 0, 0
+        self.known = weakref.WeakSet()
+        self.bytes = 0
+        self.peak = 0
 
     def __torch_dispatch__(
         self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
@@ -109,88 +124,116 @@ class Shape:
 
 
 def language_model(shape: Shape) -> Model:
-    return compute_in(AutoModelForCausalLM.from_config(shape.model).eval(), shape.dtype)
+    model = AutoModelForCausalLM.from_config(shape.model)
+    return compute_in(model.eval(), shape.dtype)
 
 
-def scalar(shape: Shape) -> Model:
+def scored_model(shape: Shape) -> Model:
+    """One with a scalar head: a reward model, or a critic."""
     config = copy.deepcopy(shape.model)
     config.num_labels = 1
-    return compute_in(AutoModelForSequenceClassification.from_config(config).eval(), shape.dtype)
+    model = AutoModelForSequenceClassification.from_config(config)
+    return compute_in(model.eval(), shape.dtype)
 
 
 def full_batch(rows: int, shape: Shape) -> Batch:
     """Rows whose prompts and responses fill all columns."""
-    prompts, responses = (torch.ones(rows, n, dtype=torch.long) for n in (shape.prompt, shape.response))
+    prompts = torch.ones(rows, shape.prompt, dtype=torch.long)
+    responses = torch.ones(rows, shape.response, dtype=torch.long)
     return Batch(prompts, prompts > 0, responses, responses > 0)
 
 
-def one_step(loss_of: Callable, optimizers: list, passes: int) -> None:
+def full_sequences(rows: int, shape: Shape) -> list[list[int]]:
+    return [[1] * (shape.prompt + shape.response)] * rows
+
+
+def one_step(loss: Callable, optimizers: list, passes: int) -> None:
     """A later step: AdamW's moments are there, and before the last of several passes the gradients of others, too."""
-    parameters = [p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]]
-    for has_gradients in (True, passes > 1):
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter) if has_gradients else None
-        if optimizers[0].state:
-            loss_of().backward()
-        for optimizer in optimizers:
-            gradient_step(optimizer, 1e-6)
+    for optimizer in optimizers:
+        set_gradients(optimizer, True)
+        gradient_step(optimizer, 1e-6)  # makes the moments
+    for optimizer in optimizers:
+        set_gradients(optimizer, passes > 1)
+    loss().backward()
+    for optimizer in optimizers:
+        gradient_step(optimizer, 1e-6)
+
+
+def set_gradients(optimizer: torch.optim.Optimizer, wanted: bool) -> None:
+    """Gradients of zeros, or none."""
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.zeros_like(parameter) if wanted else None
 
 
 def sft_stage(shape: Shape) -> None:
-    model, batch = language_model(shape), full_batch(shape.rows, shape)
+    model = language_model(shape)
+    batch = full_batch(shape.rows, shape)
     one_step(lambda: sft_loss(model, batch), [adamw(model)], shape.passes)
 
 
 def reward_stage(shape: Shape) -> None:
-    model, sequences = scalar(shape), [[1] * (shape.prompt + shape.response)] * (2 * shape.rows)
+    model = scored_model(shape)
+    sequences = full_sequences(2 * shape.rows, shape)
 
     def loss() -> Tensor:
-        return bradley_terry_loss(*sequence_logits(model, sequences, 0).squeeze(1).chunk(2))
+        scores = sequence_logits(model, sequences, 0).squeeze(1)
+        chosen, rejected = scores.chunk(2)
+        return bradley_terry_loss(chosen, rejected)
 
     one_step(loss, [adamw(model)], shape.passes)
 
 
 def dpo_stage(shape: Shape) -> None:
-    policy, batch = language_model(shape), full_batch(2 * shape.rows, shape)
+    policy = language_model(shape)
     ref_policy = language_model(shape).requires_grad_(False)
+    batch = full_batch(2 * shape.rows, shape)
 
     def loss() -> Tensor:
         with torch.no_grad():
-            reference = sequence_log_probs(ref_policy, batch).chunk(2)
-        return dpo_loss(*sequence_log_probs(policy, batch).chunk(2), *reference, 0.1)[0]
+            ref_chosen, ref_rejected = sequence_log_probs(ref_policy, batch).chunk(2)
+        chosen, rejected = sequence_log_probs(policy, batch).chunk(2)
+        return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.1)[0]
 
     one_step(loss, [adamw(policy)], shape.passes)
 
 
 def ppo_stage(shape: Shape, config: Config) -> None:
     """Update, and the sampling of the rollout that follows, when AdamW's moments are there."""
-    policy, reward = language_model(shape), scalar(shape).requires_grad_(False)
+    policy = language_model(shape)
+    ref_policy = language_model(shape).requires_grad_(False)
+    reward_model = scored_model(shape).requires_grad_(False)
     critic = None
-    if shape.critic != "none":
-        critic = nn.Linear(shape.model.hidden_size, 1) if shape.critic == "shared" else scalar(shape)
+    if shape.critic == "shared":
+        critic = nn.Linear(shape.model.hidden_size, 1)
+    elif shape.critic != "none":
+        critic = scored_model(shape)
     networks = [network for network in (policy, critic) if network is not None]
-    models = Models(policy, language_model(shape).requires_grad_(False), critic, None)
     if shape.recompute:
         for network in networks:
             recompute_activations(network)
-    batch, table = full_batch(shape.rows, shape), torch.zeros(shape.rows, shape.response)
-    micro_batch = MicroBatch(torch.arange(shape.rows), batch)
+
+    models = Models(policy, ref_policy, critic, None)
+    batch = full_batch(shape.rows, shape)
+    table = torch.zeros(shape.rows, shape.response)
     rollout = Rollout([], [], None, batch, [], table, table, table, table, table, table)
+    micro_batch = MicroBatch(torch.arange(shape.rows), batch)
 
     def loss() -> Tensor:
         return micro_batch_loss(models, rollout, micro_batch, config.ppo)[0]
 
     optimizers = [adamw(network) for network in networks]  # their moments stay while the next rollout is sampled
     one_step(loss, optimizers, shape.passes)
-    sample_and_score(policy, reward, shape.sampled, shape)
+    sample_and_score(policy, reward_model, shape.sampled, shape)
 
 
 def sampling_stage(shape: Shape) -> None:
-    sample_and_score(language_model(shape), scalar(shape).requires_grad_(False), shape.rows, shape)
+    policy = language_model(shape)
+    reward_model = scored_model(shape).requires_grad_(False)
+    sample_and_score(policy, reward_model, shape.rows, shape)
 
 
 @torch.no_grad()
-def sample_and_score(policy: Model, reward: Model, rows: int, shape: Shape) -> None:
+def sample_and_score(policy: Model, reward_model: Model, rows: int, shape: Shape) -> None:
     """The last token of `rows` responses, when the cache is longest, and the pass of the reward model over them."""
     ids = torch.ones(rows, shape.prompt + shape.response - 1, dtype=torch.long)
     with sampling(policy):
@@ -199,7 +242,7 @@ def sample_and_score(policy: Model, reward: Model, rows: int, shape: Shape) -> N
         logits = cache.next_logits(ids[:, :1])
         next_token(logits, torch.empty_like(logits).exponential_())
     del cache
-    sequence_logits(reward, [[1] * (shape.prompt + shape.response)] * rows, 0)
+    sequence_logits(reward_model, full_sequences(rows, shape), 0)
 
 
 # ------------------------------------------------------------------------------------------------------ the answer
@@ -241,7 +284,8 @@ def stage_bytes(stage: Callable, shape: Shape) -> int:
 def measured_bytes(stage: Callable, shape: Shape) -> int:
     """The same, read off a GPU on which the stage really runs, with random weights."""
     gc.collect()
-    device, before = torch.device("cuda"), torch.cuda.memory_allocated()
+    device = torch.device("cuda")
+    before = torch.cuda.memory_allocated()
     start_peak(device)
     with device:
         stage(shape)
@@ -252,54 +296,68 @@ def model_shape(config: Config) -> PretrainedConfig:
     """The architecture of --model: of a known name, of the tiny model, or as its config.json says."""
     model = config.model
     if model.name == "tiny":
-        context = config.data.max_prompt_tokens + config.data.max_response_tokens
-        sizes = {"n_embd": model.width, "n_layer": model.layers, "n_head": model.heads}
-        return GPT2Config(vocab_size=tiny_vocabulary(config), n_positions=context, **sizes)
-    return configs().get(model.name) or read_model_config(model.name)
+        return GPT2Config(
+            vocab_size=tiny_vocabulary(config),
+            n_positions=config.data.max_prompt_tokens + config.data.max_response_tokens,
+            n_embd=model.width,
+            n_layer=model.layers,
+            n_head=model.heads,
+        )
+    return published_shapes().get(model.name) or read_model_config(model.name)
 
 
-def knob_of(stage: str, config: Config) -> str:
+def lowering_option(stage: str, config: Config) -> str:
     """The option that lowers a stage's memory most."""
     if stage == "baselines":
-        return f"--sampling-batch-size (now {config.run.sampling_batch_size})"
+        sampling = passes_of(config)[stage]
+        return f"{sampling.option} (now {sampling.rows})"
     if config.run.micro_batch_size != 1:
         return f"--micro-batch-size (now {config.run.micro_batch_size or 'a whole step'})"
-    return "--max-prompt-tokens and --max-response-tokens" + (" or --ppo-critic shared" if stage == "ppo" else "")
+    if stage == "ppo":
+        return "--max-prompt-tokens and --max-response-tokens or --ppo-critic shared"
+    return "--max-prompt-tokens and --max-response-tokens"
 
 
 def main(arguments: list[str]) -> None:
-    """Print what the stages of one run need; without options, the table of the README, on a GPU measured, too."""
+    """Print what the stages of one run need; without options, a table of three models, on a GPU measured, too."""
     _, _, config = parse_command_line(arguments)
     if not arguments:
-        print_readme_table(stage_bytes, "computed")
+        print_models(stage_bytes, "computed")
         if torch.cuda.is_available():
-            print_readme_table(measured_bytes, f"measured on {torch.cuda.get_device_name()}")
+            print_models(measured_bytes, f"measured on {torch.cuda.get_device_name()}")
         return
+    device = pick_device(config.run.device, config.model.name == "tiny")
+    dtype = pick_precision(config.run.precision, device)
     model = model_shape(config)
-    dtype = pick_precision(config.run.precision, pick_device(config.run.device, config.model.name == "tiny"))
-    needs = {name: stage_bytes(*stage) for name, stage in stages_of(config, model, dtype).items()}
-    print(f"{config.model.name}: {count_parameters(model) / 1e6:.1f}M parameters, {str(dtype).removeprefix('torch.')}")
-    for name, size in needs.items():
-        print(f"  {name:<10} {size / GB:6.2f} GB")
+    precision = str(dtype).removeprefix("torch.")
+    print(f"{config.model.name}: {count_parameters(model) / 1e6:.1f}M parameters, {precision}")
+    needs = {}
+    for name, stage in stages_of(config, model, dtype).items():
+        needs[name] = stage_bytes(*stage)
+        print(f"  {name:<10} {needs[name] / GB:6.2f} GB")
     worst = max(needs, key=needs.get)
-    print(f"the most is {needs[worst] / GB:.2f} GB, in {worst}: {knob_of(worst, config)} lowers it")
+    print(f"the most is {needs[worst] / GB:.2f} GB, in {worst}: {lowering_option(worst, config)} lowers it")
 
 
-def print_readme_table(bytes_of: Callable, how: str) -> None:
+def print_models(bytes_of: Callable, how: str) -> None:
     """The three models in bf16, with the defaults of a pretrained model."""
-    print("| model | parameters | SFT | reward | sampling | PPO | PPO, shared critic | PPO, recomputing | DPO |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for name, model in configs().items():
+    header = ["model", "parameters", "SFT", "reward", "sampling", "PPO"]
+    header += ["PPO, shared critic", "PPO, recomputing", "DPO"]
+    rows = []
+    for name, model in published_shapes().items():
         config = Config.for_model(name)
         config.run.methods = "ppo,dpo"
-        sizes = {stage: bytes_of(*call) for stage, call in stages_of(config, model, torch.bfloat16).items()}
-        for title, critic, recompute in (("shared", "shared", False), ("recomputing", "reward_model", True)):
-            config.ppo.critic, config.ppo.recompute_activations = critic, recompute
-            sizes[title] = bytes_of(*stages_of(config, model, torch.bfloat16)["ppo"])
-        cells = [sizes[name] for name in ("sft", "reward", "baselines", "ppo", "shared", "recomputing", "dpo")]
-        numbers = " | ".join(f"{size / GB:.1f} GB" for size in cells)
-        print(f"| {name} | {count_parameters(model) / 1e6:.0f}M | {numbers} |", flush=True)
-    config = Config.for_model("pretrained")
+        stages = stages_of(config, model, torch.bfloat16)
+        config.ppo.critic = "shared"
+        stages["shared"] = stages_of(config, model, torch.bfloat16)["ppo"]
+        config.ppo.critic = "reward_model"
+        config.ppo.recompute_activations = True
+        stages["recomputing"] = stages_of(config, model, torch.bfloat16)["ppo"]
+        cells = [name, f"{count_parameters(model) / 1e6:.0f}M"]
+        for stage in ("sft", "reward", "baselines", "ppo", "shared", "recomputing", "dpo"):
+            cells.append(f"{bytes_of(*stages[stage]) / GB:.1f} GB")
+        rows.append(cells)
+    print(markdown_table(header, rows))
     print(
         f"\nbf16 over fp32 weights, {config.run.micro_batch_size} rows a pass (--micro-batch-size), "
         f"{config.data.max_prompt_tokens} prompt and {config.data.max_response_tokens} response tokens; {how}."
