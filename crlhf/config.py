@@ -179,8 +179,8 @@ class EvalConfig:
 class ExportConfig:
     """`python -m crlhf export RUN`: what it writes, and for which machine its command is."""
 
-    to: str = knob("", "engine to write for: openrlhf, verl or trl", choices=("openrlhf", "verl", "trl"))
-    out: str = knob("", "new folder that receives the export")
+    to: str = knob("", "required: the engine to write for, openrlhf, verl or trl", choices=("openrlhf", "verl", "trl"))
+    out: str = knob("", "required: the new folder that receives the export")
     gpus: int = knob(8, "GPUs of the machine that the launch command is for", 1, 10_000)
 
 

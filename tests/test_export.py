@@ -249,6 +249,8 @@ def test_launch_commands_carry_the_numbers_of_the_run(export):
     "arguments, message",
     [
         ("{run} --to verl", "the following arguments are required: --out"),
+        ("{run}", "the following arguments are required: --to, --out"),
+        ("--to verl --out {out}", "the following arguments are required: RUN"),
         ("{run} --to nemo --out {out}", "--to is 'nemo': choose one of openrlhf, verl, trl"),
         ("{run} --to verl --out {out} --gpus 0", "--gpus is 0: use a value from 1 to 10000"),
         ("{tmp}/nothing --to verl --out {out}", "nothing is no folder of a run"),
@@ -435,11 +437,11 @@ def test_a_stopped_export_goes_on(runs, tmp_path, monkeypatch, capsys):
 
 
 def test_templates_are_filled_line_by_line():
-    text = filled("openrlhf_reward", COEFFICIENT=0.25, SPECIAL_TOKENS=['"', "#"], BOS="<s>")
+    text = filled("openrlhf_reward", {"COEFFICIENT": 0.25, "SPECIAL_TOKENS": ['"', "#"], "BOS": "<s>"})
     assert "COEFFICIENT = 0.25  # c: the share" in text and 'SPECIAL_TOKENS = ["\\"", "#"]  # of' in text
     assert 'BOS = "<s>"  # what' in text
     with pytest.raises(AssertionError, match="0 lines MISSING"):
-        filled("openrlhf_reward", MISSING=1)
+        filled("openrlhf_reward", {"MISSING": 1})
     assert set(ExportConfig.__dataclass_fields__["to"].metadata["choices"]) == set(ENGINES)
 
 
