@@ -1,9 +1,10 @@
 """The three engines: the columns in which each wants prompts and baselines, and the command that starts it.
 
 OpenRLHF and verl have PPO with a critic, where contrast matters. TRL 1.16 has none: its GRPO and RLOO subtract a mean
-of the prompt's own group, in which every constant of a prompt cancels (`advantages.py`).
+of the prompt's own group, in which every constant of a prompt cancels (`tutorials/advantages.py`).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,14 +34,16 @@ def openrlhf_row(prompt: str, plain: str, baseline: float, number: int) -> dict:
     return {"prompt": prompt, "baseline": baseline}
 
 
-def openrlhf_launch(c: Config, gpus: int, critic: str) -> list[str]:
-    ppo, longest = c.ppo, c.data.max_prompt_tokens + c.data.max_response_tokens
+def openrlhf_launch(config: Config, gpus: int, critic: str) -> list[str]:
+    ppo = config.ppo
+    data = config.data
+    longest = data.max_prompt_tokens + data.max_response_tokens
     return [
         "python3 -m openrlhf.cli.train_ppo_ray",
         f'--actor.model_name_or_path "$here/policy" --critic.model_name_or_path "$here/{critic}"',
         '--reward.remote_url "$here/reward.py" --reward.clip_range -1000000 1000000',
         '--data.prompt_dataset "$here/prompts.jsonl" --data.input_key prompt --data.label_key baseline',
-        f"--data.max_len {longest} --rollout.max_new_tokens {c.data.max_response_tokens}",
+        f"--data.max_len {longest} --rollout.max_new_tokens {data.max_response_tokens}",
         f"--algo.advantage.estimator gae --algo.advantage.gamma 1 --algo.advantage.lambd {ppo.lam}",
         f"--algo.kl.init_coef {ppo.kl_coef} --algo.kl.estimator k1",
         f"--actor.eps_clip {ppo.clip_range} --critic.value_clip {ppo.clip_range}",
@@ -67,16 +70,18 @@ def verl_row(prompt: str, plain: str, baseline: float, number: int) -> dict:
     }
 
 
-def verl_launch(c: Config, gpus: int, critic: str) -> list[str]:
-    ppo, minibatch = c.ppo, c.ppo.batch_size // c.ppo.minibatches
-    rows = c.run.micro_batch_size or 8
+def verl_launch(config: Config, gpus: int, critic: str) -> list[str]:
+    ppo = config.ppo
+    data = config.data
+    minibatch = ppo.batch_size // ppo.minibatches
+    rows = config.run.micro_batch_size or 8
     return [
         "python3 -m verl.trainer.main_ppo",
         f"algorithm.adv_estimator=gae algorithm.gamma=1.0 algorithm.lam={ppo.lam}",
         f"algorithm.use_kl_in_reward=True algorithm.kl_ctrl.kl_coef={ppo.kl_coef}",
         '"data.train_files=$here/prompts.parquet" "data.val_files=$here/prompts.parquet"',
         f"data.train_batch_size={ppo.batch_size}",
-        f"data.max_prompt_length={c.data.max_prompt_tokens} data.max_response_length={c.data.max_response_tokens}",
+        f"data.max_prompt_length={data.max_prompt_tokens} data.max_response_length={data.max_response_tokens}",
         f"""'actor_rollout_ref.model.custom_chat_template="{AS_IT_IS}"'""",
         f'"actor_rollout_ref.model.path=$here/policy" actor_rollout_ref.actor.optim.lr={ppo.lr}',
         f"actor_rollout_ref.actor.clip_ratio_low={ppo.clip_range}",
@@ -100,16 +105,17 @@ def trl_row(prompt: str, plain: str, baseline: float, number: int) -> dict:
     return {"prompt": prompt, "baseline": baseline}
 
 
-def trl_launch(c: Config, gpus: int, critic: str) -> list[str]:
-    ppo = c.ppo
+def trl_launch(config: Config, gpus: int, critic: str) -> list[str]:
+    ppo = config.ppo
     group = ppo.group_size if ppo.group_size > 1 else 4
-    a_gpu = -(-ppo.batch_size // gpus)
+    rows_per_gpu = math.ceil(ppo.batch_size / gpus)
+    whole_groups = math.ceil(rows_per_gpu / group) * group
     return [
         f"accelerate launch --num_processes {gpus} -m trl.scripts.grpo",
         '--model_name_or_path "$here/policy" --reward_funcs reward.reward --dataset_name "$here/prompts"',
         f"--num_generations {group} --scale_rewards batch --beta {ppo.kl_coef} --epsilon {ppo.clip_range}",
-        f"--per_device_train_batch_size {-(-a_gpu // group) * group} --num_iterations {ppo.epochs}",
-        f"--max_completion_length {c.data.max_response_tokens} --temperature {ppo.temperature}",
+        f"--per_device_train_batch_size {whole_groups} --num_iterations {ppo.epochs}",
+        f"--max_completion_length {config.data.max_response_tokens} --temperature {ppo.temperature}",
         f'--learning_rate {ppo.lr} --report_to none --output_dir "$here/trained"',
     ]
 
@@ -139,8 +145,30 @@ WATCH_TRL = (
 
 ENGINES = {
     "openrlhf": Engine(
-        "OpenRLHF", "0.11.2", "prompts.jsonl", openrlhf_row, openrlhf_launch, adds_bos=False, watch=WATCH_OPENRLHF
+        title="OpenRLHF",
+        version="0.11.2",
+        prompts="prompts.jsonl",
+        row=openrlhf_row,
+        launch=openrlhf_launch,
+        adds_bos=False,
+        watch=WATCH_OPENRLHF,
     ),
-    "verl": Engine("verl", "0.9.1", "prompts.parquet", verl_row, verl_launch, adds_bos=False, watch=WATCH_VERL),
-    "trl": Engine("TRL", "1.16.0", "prompts/train.jsonl", trl_row, trl_launch, adds_bos=True, watch=WATCH_TRL),
+    "verl": Engine(
+        title="verl",
+        version="0.9.1",
+        prompts="prompts.parquet",
+        row=verl_row,
+        launch=verl_launch,
+        adds_bos=False,
+        watch=WATCH_VERL,
+    ),
+    "trl": Engine(
+        title="TRL",
+        version="1.16.0",
+        prompts="prompts/train.jsonl",
+        row=trl_row,
+        launch=trl_launch,
+        adds_bos=True,
+        watch=WATCH_TRL,
+    ),
 }
