@@ -1,7 +1,6 @@
 """Memory: parameter counts against the published ones, and what is computed against what torch's profiler sees."""
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -60,14 +59,21 @@ def test_computed_memory_is_within_15_percent_of_what_the_allocator_gave(kind, d
 
 
 def test_memory_grows_with_rows_and_falls_with_what_saves_it():
-    shape = memory.Shape(SHAPES["llama"], 4, 2, 48, 24, 16, "reward_model", False, torch.bfloat16)
-    stage = memory.partial(memory.ppo_stage, config=Config())
-    base = memory.stage_bytes(stage, shape)
+    def needed(**changes):
+        config = Config()
+        config.data.max_prompt_tokens, config.data.max_response_tokens = 48, 24
+        config.run.micro_batch_size = changes.pop("rows", 4)
+        config.run.sampling_batch_size = 16
+        for name, value in changes.items():
+            setattr(config.ppo, name, value)
+        return memory.stage_bytes(*memory.stages_of(config, SHAPES["llama"], torch.bfloat16)["ppo"])
+
+    base = needed()
     weights = 4 * memory.count_parameters(SHAPES["llama"])
     assert base > 4 * weights * 2 + 2 * weights  # two models with gradients and moments, two that are kept
-    assert memory.stage_bytes(stage, replace(shape, rows=8)) > base
-    assert memory.stage_bytes(stage, replace(shape, recompute=True)) < base
-    assert memory.stage_bytes(stage, replace(shape, critic="shared")) < base - 3 * weights
+    assert needed(rows=8) > base
+    assert needed(recompute_activations=True) < base
+    assert needed(critic="shared") < base - 3 * weights
 
 
 def test_the_command_names_the_peak_and_the_knob_that_lowers_it(capsys):

@@ -189,32 +189,10 @@ def trl_trainer(setup: Setup, folder: str) -> object:
         raise UserError(what, "pip install trl==1.12.0") from None
     from datasets import Dataset
 
-    work = setup.work
-    on_cpu = setup.device.type == "cpu"
-    config = trl.PPOConfig(
-        folder,
-        per_device_train_batch_size=work.batch,
-        total_episodes=work.batch,
-        local_rollout_forward_batch_size=work.batch,
-        num_ppo_epochs=work.epochs,
-        num_mini_batches=work.minibatches,
-        gradient_accumulation_steps=1,
-        learning_rate=LR,
-        lr_scheduler_type="constant",  # else it is 0 from the second call on
-        response_length=work.response,
-        temperature=1.0,
-        num_sample_generations=0,
-        use_cpu=on_cpu,
-        bf16=not on_cpu,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
     ids, _ = pad_prompts(setup.tokenizer, setup.prompts)
     prompts = Dataset.from_dict({"input_ids": ids.tolist()})
     return trl.PPOTrainer(
-        config,
+        trl.PPOConfig(folder, **trl_options(setup.work, on_cpu=setup.device.type == "cpu")),
         setup.tokenizer,
         setup.models.policy,
         setup.models.ref_policy,
@@ -223,6 +201,29 @@ def trl_trainer(setup: Setup, folder: str) -> object:
         setup.models.critic,
         eval_dataset=prompts,
     )
+
+
+def trl_options(work: Workload, on_cpu: bool) -> dict:
+    """The settings with which TRL does the same work."""
+    return {
+        "per_device_train_batch_size": work.batch,
+        "total_episodes": work.batch,
+        "local_rollout_forward_batch_size": work.batch,
+        "num_ppo_epochs": work.epochs,
+        "num_mini_batches": work.minibatches,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",  # else it is 0 from the second call on
+        "response_length": work.response,
+        "temperature": 1.0,
+        "num_sample_generations": 0,
+        "use_cpu": on_cpu,
+        "bf16": not on_cpu,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
 
 
 def train_trl(trainer: object, collects_garbage: bool) -> None:
@@ -325,18 +326,12 @@ def trl_table(work: Workload, device: torch.device, rounds: int) -> None:
 
 
 def machine(device: torch.device) -> str:
-    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
+    """What it runs on; of a processor, which of its instructions torch uses."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        name = f"{device.type} ({torch.backends.cpu.get_cpu_capability()})"
     return f"{name}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
-
-
-def processor() -> str:
-    """What Linux calls it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return "CPU"
 
 
 def main(arguments: list[str]) -> None:

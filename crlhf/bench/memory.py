@@ -11,7 +11,6 @@ import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ from ..engine.models import pick_device, pick_precision, read_model_config
 from ..engine.peak import peak_bytes, start_peak
 from ..engine.text import Batch
 from ..engine.training import adamw, gradient_step
-from ..pipeline.memory import GB, passes_of, tiny_vocabulary
+from ..pipeline.memory import GB, Pass, passes_of, tiny_vocabulary
 from ..pipeline.options import parse_command_line
 from ..pipeline.tables import markdown_table
 from ..policy import next_token
@@ -110,16 +109,11 @@ class Ledger(TorchDispatchMode):
 
 @dataclass
 class Shape:
-    """What a stage's memory depends on besides the model."""
+    """What a stage's memory depends on."""
 
     model: PretrainedConfig
-    rows: int  # of one forward and backward pass: responses, demonstrations or pairs
-    passes: int  # in a step
-    prompt: int  # tokens
-    response: int
-    sampled: int  # responses of a rollout that are sampled at once
-    critic: str
-    recompute: bool
+    config: Config
+    one_pass: Pass
     dtype: torch.dtype
 
 
@@ -138,13 +132,15 @@ def scored_model(shape: Shape) -> Model:
 
 def full_batch(rows: int, shape: Shape) -> Batch:
     """Rows whose prompts and responses fill all columns."""
-    prompts = torch.ones(rows, shape.prompt, dtype=torch.long)
-    responses = torch.ones(rows, shape.response, dtype=torch.long)
+    data = shape.config.data
+    prompts = torch.ones(rows, data.max_prompt_tokens, dtype=torch.long)
+    responses = torch.ones(rows, data.max_response_tokens, dtype=torch.long)
     return Batch(prompts, prompts > 0, responses, responses > 0)
 
 
 def full_sequences(rows: int, shape: Shape) -> list[list[int]]:
-    return [[1] * (shape.prompt + shape.response)] * rows
+    data = shape.config.data
+    return [[1] * (data.max_prompt_tokens + data.max_response_tokens)] * rows
 
 
 def one_step(loss: Callable, optimizers: list, passes: int) -> None:
@@ -167,26 +163,26 @@ def set_gradients(optimizer: torch.optim.Optimizer, wanted: bool) -> None:
 
 def sft_stage(shape: Shape) -> None:
     model = language_model(shape)
-    batch = full_batch(shape.rows, shape)
-    one_step(lambda: sft_loss(model, batch), [adamw(model)], shape.passes)
+    batch = full_batch(shape.one_pass.rows, shape)
+    one_step(lambda: sft_loss(model, batch), [adamw(model)], shape.one_pass.passes)
 
 
 def reward_stage(shape: Shape) -> None:
     model = scored_model(shape)
-    sequences = full_sequences(2 * shape.rows, shape)
+    sequences = full_sequences(2 * shape.one_pass.rows, shape)
 
     def loss() -> Tensor:
         scores = sequence_logits(model, sequences, 0).squeeze(1)
         chosen, rejected = scores.chunk(2)
         return bradley_terry_loss(chosen, rejected)
 
-    one_step(loss, [adamw(model)], shape.passes)
+    one_step(loss, [adamw(model)], shape.one_pass.passes)
 
 
 def dpo_stage(shape: Shape) -> None:
     policy = language_model(shape)
     ref_policy = language_model(shape).requires_grad_(False)
-    batch = full_batch(2 * shape.rows, shape)
+    batch = full_batch(2 * shape.one_pass.rows, shape)
 
     def loss() -> Tensor:
         with torch.no_grad():
@@ -194,83 +190,72 @@ def dpo_stage(shape: Shape) -> None:
         chosen, rejected = sequence_log_probs(policy, batch).chunk(2)
         return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.1)[0]
 
-    one_step(loss, [adamw(policy)], shape.passes)
+    one_step(loss, [adamw(policy)], shape.one_pass.passes)
 
 
-def ppo_stage(shape: Shape, config: Config) -> None:
+def ppo_stage(shape: Shape) -> None:
     """Update, and the sampling of the rollout that follows, when AdamW's moments are there."""
+    config = shape.config
     policy = language_model(shape)
     ref_policy = language_model(shape).requires_grad_(False)
     reward_model = scored_model(shape).requires_grad_(False)
     critic = None
-    if shape.critic == "shared":
+    if config.ppo.critic == "shared":
         critic = nn.Linear(shape.model.hidden_size, 1)
-    elif shape.critic != "none":
+    elif config.ppo.critic != "none":
         critic = scored_model(shape)
     networks = [network for network in (policy, critic) if network is not None]
-    if shape.recompute:
+    if config.ppo.recompute_activations:
         for network in networks:
             recompute_activations(network)
 
     models = Models(policy, ref_policy, critic, None)
-    batch = full_batch(shape.rows, shape)
-    table = torch.zeros(shape.rows, shape.response)
+    rows = shape.one_pass.rows
+    batch = full_batch(rows, shape)
+    table = torch.zeros(batch.response_ids.shape)
     rollout = Rollout([], [], None, batch, [], table, table, table, table, table, table)
-    micro_batch = MicroBatch(torch.arange(shape.rows), batch)
+    micro_batch = MicroBatch(torch.arange(rows), batch)
 
     def loss() -> Tensor:
         return micro_batch_loss(models, rollout, micro_batch, config.ppo)[0]
 
     optimizers = [adamw(network) for network in networks]  # their moments stay while the next rollout is sampled
-    one_step(loss, optimizers, shape.passes)
-    sample_and_score(policy, reward_model, shape.sampled, shape)
+    one_step(loss, optimizers, shape.one_pass.passes)
+    sampled = min(config.ppo.batch_size, config.run.sampling_batch_size)
+    sample_and_score(policy, reward_model, sampled, shape)
 
 
 def sampling_stage(shape: Shape) -> None:
     policy = language_model(shape)
     reward_model = scored_model(shape).requires_grad_(False)
-    sample_and_score(policy, reward_model, shape.rows, shape)
+    sample_and_score(policy, reward_model, shape.one_pass.rows, shape)
 
 
 @torch.no_grad()
 def sample_and_score(policy: Model, reward_model: Model, rows: int, shape: Shape) -> None:
     """The last token of `rows` responses, when the cache is longest, and the pass of the reward model over them."""
-    ids = torch.ones(rows, shape.prompt + shape.response - 1, dtype=torch.long)
+    sequences = full_sequences(rows, shape)
+    ids = torch.tensor(sequences)[:, 1:]
     with sampling(policy):
         cache = Cache(policy, ids > 0, 1)
         cache.next_logits(ids)
         logits = cache.next_logits(ids[:, :1])
         next_token(logits, torch.empty_like(logits).exponential_())
     del cache
-    sequence_logits(reward_model, full_sequences(rows, shape), 0)
+    sequence_logits(reward_model, sequences, 0)
 
 
 # ------------------------------------------------------------------------------------------------------ the answer
 
 
+STAGES = {"sft": sft_stage, "reward": reward_stage, "baselines": sampling_stage, "ppo": ppo_stage, "dpo": dpo_stage}
+
+
 def stages_of(config: Config, model: PretrainedConfig, dtype: torch.dtype) -> dict[str, tuple[Callable, Shape]]:
     """The stages of a run that need memory, each as a function and what to call it with."""
-    functions = {
-        "sft": sft_stage,
-        "reward": reward_stage,
-        "baselines": sampling_stage,
-        "ppo": partial(ppo_stage, config=config),
-        "dpo": dpo_stage,
-    }
     stages = {}
     for name, one_pass in passes_of(config).items():
-        shape = Shape(
-            model=model,
-            rows=one_pass.rows,
-            passes=one_pass.passes,
-            prompt=config.data.max_prompt_tokens,
-            response=config.data.max_response_tokens,
-            sampled=min(config.ppo.batch_size, config.run.sampling_batch_size),
-            critic=config.ppo.critic,
-            recompute=config.ppo.recompute_activations,
-            dtype=dtype,
-        )
-        stages[name] = functions[name], shape
+        stages[name] = STAGES[name], Shape(model, config, one_pass, dtype)
     return stages
 
 
@@ -347,15 +332,18 @@ def print_models(bytes_of: Callable, how: str) -> None:
     for name, model in published_shapes().items():
         config = Config.for_model(name)
         config.run.methods = "ppo,dpo"
-        stages = stages_of(config, model, torch.bfloat16)
+        sizes = {}
+        for stage, call in stages_of(config, model, torch.bfloat16).items():
+            sizes[stage] = bytes_of(*call)
+        stage, shape = stages_of(config, model, torch.bfloat16)["ppo"]
         config.ppo.critic = "shared"
-        stages["shared"] = stages_of(config, model, torch.bfloat16)["ppo"]
+        sizes["shared"] = bytes_of(stage, shape)
         config.ppo.critic = "reward_model"
         config.ppo.recompute_activations = True
-        stages["recomputing"] = stages_of(config, model, torch.bfloat16)["ppo"]
+        sizes["recomputing"] = bytes_of(stage, shape)
         cells = [name, f"{count_parameters(model) / 1e6:.0f}M"]
-        for stage in ("sft", "reward", "baselines", "ppo", "shared", "recomputing", "dpo"):
-            cells.append(f"{bytes_of(*stages[stage]) / GB:.1f} GB")
+        for column in ("sft", "reward", "baselines", "ppo", "shared", "recomputing", "dpo"):
+            cells.append(f"{sizes[column] / GB:.1f} GB")
         rows.append(cells)
     print(markdown_table(header, rows))
     print(

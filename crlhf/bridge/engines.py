@@ -27,11 +27,12 @@ class Engine:
     watch: tuple[str, ...]  # what to watch for, for the README of the export
 
 
-# ------------------------------------------------------------------------------------------------- OpenRLHF
-
-
-def openrlhf_row(prompt: str, plain: str, baseline: float, number: int) -> dict:
+def text_row(prompt: str, plain: str, baseline: float, number: int) -> dict:
+    """As OpenRLHF and TRL read it."""
     return {"prompt": prompt, "baseline": baseline}
+
+
+# ------------------------------------------------------------------------------------------------- OpenRLHF
 
 
 def openrlhf_launch(config: Config, gpus: int, critic: str) -> list[str]:
@@ -101,10 +102,6 @@ def verl_launch(config: Config, gpus: int, critic: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ TRL
 
 
-def trl_row(prompt: str, plain: str, baseline: float, number: int) -> dict:
-    return {"prompt": prompt, "baseline": baseline}
-
-
 def trl_launch(config: Config, gpus: int, critic: str) -> list[str]:
     ppo = config.ppo
     group = ppo.group_size if ppo.group_size > 1 else 4
@@ -148,7 +145,7 @@ ENGINES = {
         title="OpenRLHF",
         version="0.11.2",
         prompts="prompts.jsonl",
-        row=openrlhf_row,
+        row=text_row,
         launch=openrlhf_launch,
         adds_bos=False,
         watch=WATCH_OPENRLHF,
@@ -166,7 +163,7 @@ ENGINES = {
         title="TRL",
         version="1.16.0",
         prompts="prompts/train.jsonl",
-        row=trl_row,
+        row=text_row,
         launch=trl_launch,
         adds_bos=True,
         watch=WATCH_TRL,
