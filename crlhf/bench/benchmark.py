@@ -185,8 +185,8 @@ def trl_trainer(setup: Setup, folder: str) -> object:
     try:
         from trl.experimental import ppo as trl
     except ImportError:
-        what = "--against trl needs TRL 1.12.0, the last with a PPOTrainer"
-        raise UserError(what, "pip install trl==1.12.0") from None
+        problem = "--against trl needs TRL 1.12.0, the last with a PPOTrainer"
+        raise UserError(problem, "pip install trl==1.12.0") from None
     from datasets import Dataset
 
     ids, _ = pad_prompts(setup.tokenizer, setup.prompts)

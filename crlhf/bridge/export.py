@@ -105,8 +105,8 @@ def read_run(run: Path) -> tuple[Pipeline, dict]:
         raise UserError("--reward gold is the embedded world's own", "export a run with a trained or a given reward")
     made_from = check_stages(run, plan, again)
     if file_stamps(config.reward.source) != made_from["reward"].get("files", []):
-        what = f"--reward {config.reward.source} is not there, or not what the baselines were scored with"
-        raise UserError(what, f"{again}, and --redo")
+        problem = f"--reward {config.reward.source} is not there, or not what the baselines were scored with"
+        raise UserError(problem, f"{again}, and --redo")
     config.run.out = str(run)
     config.run.device = "cpu"
     config.run.precision = "fp32"

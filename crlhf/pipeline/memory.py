@@ -76,42 +76,33 @@ def tiny_bytes(config: Config, stage: str) -> int:
     V = tiny_vocabulary(config)
     T = config.data.max_response_tokens
     C = config.data.max_prompt_tokens + T
+    P = 12 * L * D**2 + (V + C) * D
     kept = 16 * (L - 1) + 10
     if stage == "ppo" and config.ppo.recompute_activations:
         kept = (L - 1) + 20
-
-    P = 12 * L * D**2 + (V + C) * D
     scored = 4 * (kept * C * D + C**2)  # a text that gives numbers, as to a reward model
     written = scored + 4 * 3 * T * V  # one that gives log-probs
     sampled = 4 * (2 * L * C * D + max(14 * C * D + C**2, 4 * V))
+
     one_pass = passes_of(config)[stage]
-    if stage == "sft":
-        return bytes_to_train(P, one_pass.rows * written, one_pass.passes)
-    if stage == "reward":
-        return bytes_to_train(P, 2 * one_pass.rows * scored, one_pass.passes)
-    if stage == "dpo":
-        return 4 * P + bytes_to_train(P, 2 * one_pass.rows * written, one_pass.passes)
-    if stage == "baselines":
-        return 4 * P + 4 * P + one_pass.rows * sampled
-
-    frozen = 4 * P + 4 * P  # the SFT policy and the reward model
-    trained = P
-    text = written
-    if config.ppo.critic not in ("shared", "none"):
-        trained += P
-        text += scored
-    update = bytes_to_train(trained, one_pass.rows * text, one_pass.passes)
-    rollout = 12 * trained + min(config.ppo.batch_size, config.run.sampling_batch_size) * sampled
-    return frozen + max(update, rollout)
-
-
-def bytes_to_train(parameters: int, activations: int, passes: int) -> int:
-    """Gradients come while activations go, unless those of other passes are there before."""
-    weights_and_moments = 12 * parameters
-    gradients = 4 * parameters
-    if passes > 1:
-        return weights_and_moments + gradients + activations
-    return weights_and_moments + max(gradients, activations)
+    critics = 0 if config.ppo.critic in ("shared", "none") else 1
+    trained, frozen, row = {  # networks, and what a row of the pass takes
+        "sft": (1, 0, written),
+        "reward": (1, 0, 2 * scored),
+        "baselines": (0, 2, sampled),
+        "ppo": (1 + critics, 2, written + critics * scored),
+        "dpo": (1, 1, 2 * written),
+    }[stage]
+    gradients = 4 * trained * P
+    activations = one_pass.rows * row
+    if one_pass.passes > 1:
+        step = gradients + activations  # the gradients of other passes are there before
+    else:
+        step = max(gradients, activations)  # these go while those come
+    if stage == "ppo":
+        rollout = min(config.ppo.batch_size, config.run.sampling_batch_size) * sampled
+        step = max(step, rollout)
+    return 4 * frozen * P + 12 * trained * P + step
 
 
 # ------------------------------------------------------------------------------------------------ does it fit?
