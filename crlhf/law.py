@@ -92,7 +92,7 @@ def within_correlation(rewards: Tensor, feature: Tensor) -> float:
 
 
 def advice(rho: float, rho_se: float, k: int) -> str:
-    """What to do with the baseline: "leave", "adapt" or "subtract". `python -m figures rule` shows how often that is right."""
+    """What to do with the baseline: "leave", "adapt" or "subtract". figures/rule.py asks how often that is right."""
     if rho + Z * rho_se < 1 / (k + 1):
         return "leave"
     return "subtract" if rho - Z * rho_se > 0.5 else "adapt"
