@@ -1,10 +1,10 @@
 """Check a learner's copy of build.py or of broken.py, and say what isn't right yet.
 
-    python tutorials/run.py check FILE              stage by stage; when all is right, train and compare
+    python tutorials/run.py check FILE              hole by hole; when all is right, train and compare
     python tutorials/run.py check FILE --hint 2     ... with hints of strength 1, 2 or 3 for what isn't right yet
 
-What is right comes from the library: its functions on small fixed tensors, and the curve of `train_ppo`. What is wrong
-is compared with what well-known mistakes give. Exit code: 0 all right, 1 not yet, 2 the file can't be used.
+What is right comes from the library, on small fixed tensors, and from the curve of one_file.py. What is wrong is
+compared with what well-known mistakes give. Exit code: 0 all right, 1 not yet, 2 the file can't be used.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import contextlib
 from pathlib import Path
 
 from crlhf.config import UserError
-from tutorials.checks.gaps import check_build
+from tutorials.checks.holes import check_build
 from tutorials.checks.learner import ROOT, load
 from tutorials.checks.loop import check_broken
 
@@ -30,10 +30,10 @@ def main(arguments: list[str]) -> int:
     path = Path(options.file).resolve()
     with contextlib.chdir(ROOT):
         module = load(path)
-        if hasattr(module, "update"):
+        if module.is_broken:
             return check_broken(module, options.hint, options.iterations)
         return check_build(module, options.hint, options.iterations)
 
 
 def complain(message: str) -> None:
-    raise UserError(f"{message} (python tutorials/run.py check --help says more)")
+    raise UserError(message + " (python tutorials/run.py check --help says more)")

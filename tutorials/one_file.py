@@ -6,16 +6,22 @@
 
 The model writes film reviews. A prompt is the opening of a review, a response continues it, a word is a token. The
 true quality of a review is known here ("gold"), so we can see what training really did. Nothing is trained on it.
-Instead, as in real life, raters compare responses, and a reward model learns from their comparisons.
+Instead, as in real life, raters compare responses, and sometimes err. A reward model learns from their comparisons.
 
-The file reads from top to bottom, one step after another:
+Comparisons say which response to a prompt is better, and nothing about the level of its rewards. So in a learned reward
+each prompt has a level of its own, by accident, and PPO takes it for success or failure. Contrastive PPO subtracts it:
+the mean reward of k responses that the policy wrote to the same prompt before PPO began.
 
-    1. texts as ids            5. preferences and the reward model
-    2. the networks            6. offline baselines and contrastive rewards
-    3. sampling                7. PPO
-    4. SFT                     8. plain against contrastive
+The file reads from top to bottom:
 
-Letters in shapes: B responses, P columns of prompts, T columns of responses, V words, N prompts, k baselines.
+    1. texts as ids                             5. preferences and the reward model
+    2. the networks                             6. offline baselines and contrastive rewards
+    3. sampling                                 7. PPO
+    4. SFT: imitate demonstrations              8. plain against contrastive
+
+In formulas: x a prompt, y a response, y_t its tokens; pi the policy, pi_ref the one that PPO starts from; r(x, y) the
+reward, b(x) the baseline; V the critic's values, A advantages.
+In shapes: B responses, P columns of prompts, T columns of responses, V words, N prompts, k baselines each.
 
 What the library, crlhf/, adds: pretrained models and your own data; runs that go on after an interruption; bf16,
 micro-batches and gradient checkpointing; other baselines, scales and an adaptive coefficient; DPO; judges and
@@ -25,7 +31,6 @@ Where this file departs from the library:
 - A batch is drawn at random each time. The library goes through all rows before any comes again.
 - Learning rates fall from the first step on. The library lets those of SFT and reward model rise first.
 - The reward is read at EOS, or at the last word of a response that was cut off. The library reads at the last word.
-- The library also pulls r_chosen + r_rejected towards 0, with a small weight.
 - Minibatches are drawn anew in each pass. The library draws them once a rollout.
 
 Where it departs from the paper (arXiv 2403.07708): the policy is tiny, the reward is not rescaled, and the constant of
@@ -61,22 +66,21 @@ class Settings:
     max_tokens: int = 24  # of a response, EOS included
     temperature: float = 1.0  # of the policy, in sampling and in log-probs
 
-    demonstrations: int = 4000
-    sft_steps: int = 300
+    sft_steps: int = 450
     sft_lr: float = 4e-3
 
     pairs: int = 1500
     label_flips: float = 0.2  # share of the raters' answers that are wrong
-    reward_steps: int = 150
+    reward_steps: int = 300
     reward_lr: float = 2e-3
 
     n_prompts: int = 256
     k: int = 4  # offline responses to each prompt
-    iterations: int = 40
-    batch_size: int = 64  # also of SFT and of the reward model
+    iterations: int = 60
+    batch_size: int = 32  # of everything that is trained
     epochs: int = 2  # passes over each rollout
-    minibatches: int = 4  # gradient steps a pass
-    lr: float = 1e-3
+    minibatch_size: int = 16  # rows of a gradient step
+    lr: float = 2e-3
     kl_coef: float = 0.05
     lam: float = 0.95
     clip_range: float = 0.2
@@ -155,6 +159,8 @@ def new_policy():
         n_layer=2,
         n_head=4,
         activation_function="gelu_pytorch_tanh",  # GPT-2's own, fused
+        bos_token_id=EOS,
+        eos_token_id=EOS,
     )
     return GPT2LMHeadModel(config).eval()  # eval() for ever: with dropout pi_old is another policy than pi
 
@@ -239,6 +245,7 @@ def sample(policy, prompts):
         y_t ~ softmax(logits / temperature)
 
     Draw with torch.multinomial. A response ends with EOS, which is part of it; after it come PAD and a False mask.
+    next_logits is given all prompts first, then the new token of each row, with a mask that grows.
     prompts: B texts. Returns a Batch with T = settings.max_tokens columns of responses.
     """
     prompt_ids, prompt_mask = pad_prompts(prompts)
@@ -266,9 +273,8 @@ def sample(policy, prompts):
 def progress(name, steps):
     """Count the steps on the screen. Yields the share of them that is left: from 1 in equal steps towards 0."""
     for step in range(steps):
-        print(f"\r{name}: {step + 1} of {steps} ", end="", file=sys.stderr)
+        print(f"\r{name:16} {step + 1:4} of {steps} ", end="", file=sys.stderr)
         yield 1 - step / steps
-    print(file=sys.stderr)
 
 
 def new_optimizer(network):
@@ -286,7 +292,7 @@ def gradient_step(optimizer, lr):
 
 def train_sft():
     """Supervised fine-tuning. loss = -mean_t log pi(y_t | x, y_<t) over the tokens of the demonstrations."""
-    demonstrations = reviews.make_demonstrations(settings.demonstrations, settings.seed)
+    demonstrations = reviews.make_demonstrations(4000, settings.seed)
     policy = new_policy()
     optimizer = new_optimizer(policy)
     for remaining in progress("SFT", settings.sft_steps):
@@ -310,12 +316,13 @@ def collect_preferences(policy):
 
 
 def bradley_terry_loss(chosen, rejected):
-    """-log sigmoid(r(x, y_chosen) - r(x, y_rejected)), where the sigmoid is the probability of this preference.
+    """A rater prefers `chosen` with probability sigmoid(r(x, y_chosen) - r(x, y_rejected)). The loss is its -log.
 
-    chosen, rejected: (B,). Returns a scalar. Add any constant b(x) to both, and nothing changes. So comparisons never
-    teach the level of a prompt's rewards: what a reward model says about it is an accident.
+    chosen, rejected: (B,) scores. Returns a scalar. Add any b(x) to both, and the probability stays: comparisons don't
+    teach the level of a prompt's rewards. It is an accident; the second term keeps it near 0 and changes no preference.
     """
-    return -F.logsigmoid(chosen - rejected).mean()
+    loss = -F.logsigmoid(chosen - rejected)
+    return (loss + 0.01 * (chosen + rejected) ** 2).mean()
 
 
 def train_reward_model(policy):
@@ -326,8 +333,7 @@ def train_reward_model(policy):
         rows = random.sample(preferences, settings.batch_size)
         chosen = response_scores(reward_model, make_batch(rows, "chosen"))
         rejected = response_scores(reward_model, make_batch(rows, "rejected"))
-        loss = bradley_terry_loss(chosen, rejected)
-        loss.backward()
+        bradley_terry_loss(chosen, rejected).backward()
         gradient_step(optimizer, settings.reward_lr * remaining)
     return reward_model
 
@@ -364,7 +370,7 @@ def prepare():
 
 def sample_baselines(start):
     """Before PPO: rewards of k responses of the SFT policy to each prompt, (N, k)."""
-    everyone = torch.arange(len(start.prompts))
+    everyone = range(len(start.prompts))
     columns = []
     for _ in range(settings.k):
         batch = sample(start.policy, start.prompts)
@@ -458,13 +464,12 @@ class Rollout(Batch):
 def update(policy, critic, optimizers, rollout, lr):
     """A few passes over the rollout, in random minibatches."""
     for _ in range(settings.epochs):
-        for rows in torch.randperm(settings.batch_size).split(settings.batch_size // settings.minibatches):
+        for rows in torch.randperm(settings.batch_size).split(settings.minibatch_size):
             part = rollout.part(rows)
-            mask = part.response_mask
             log_probs = response_log_probs(policy, part, settings.temperature)
             values = response_values(critic, part)
-            loss = policy_loss(log_probs, part.old_log_probs, part.advantages, mask, settings.clip_range)
-            error = value_loss(values, part.old_values, part.returns, mask, settings.clip_range)
+            loss = policy_loss(log_probs, part.old_log_probs, part.advantages, part.response_mask, settings.clip_range)
+            error = value_loss(values, part.old_values, part.returns, part.response_mask, settings.clip_range)
             (loss + settings.value_coef * error).backward()
             for optimizer in optimizers:
                 gradient_step(optimizer, lr)
@@ -473,7 +478,8 @@ def update(policy, critic, optimizers, rollout, lr):
 def train_ppo(name, start, baseline_rewards=None):
     """Train a copy of the SFT policy. Returns it, and a row of numbers for each iteration.
 
-    baseline_rewards: None is plain PPO; (N, k) is contrastive PPO.
+    baseline_rewards: None is plain PPO; (N, k) is contrastive PPO. A row has gold, the KL from the SFT policy in nats,
+    and the variance of the rewards, raw and as they are used.
     """
     torch.manual_seed(settings.seed)  # so that both meet the same prompts and draw the same random numbers
     policy = copy.deepcopy(start.policy)
@@ -482,21 +488,21 @@ def train_ppo(name, start, baseline_rewards=None):
     log = []
     for remaining in progress(name, settings.iterations):
         # 1. Rollout: a response to each prompt, and what policy, reference and critic say about its tokens.
-        numbers = torch.randperm(len(start.prompts))[: settings.batch_size]
+        numbers = torch.randperm(len(start.prompts))[: settings.batch_size]  # (B,)
         prompts = [start.prompts[n] for n in numbers]
         batch = sample(policy, prompts)
         mask = batch.response_mask
         with torch.no_grad():
             old_log_probs = response_log_probs(policy, batch, settings.temperature)
             ref_log_probs = response_log_probs(start.policy, batch, settings.temperature)
-            old_values = response_values(critic, batch)
+            old_values = response_values(critic, batch)  # (B, T), and so are both log-probs
 
         # 2. Rewards: one for each response, then one for each token.
-        raw = rewards_of(start, numbers, batch)
+        raw = rewards_of(start, numbers, batch)  # (B,)
         rewards = raw
         if baseline_rewards is not None:
             rewards = contrast(raw, baseline_rewards[numbers])
-        R = token_rewards(rewards, old_log_probs, ref_log_probs, mask, settings.kl_coef)
+        R = token_rewards(rewards, old_log_probs, ref_log_probs, mask, settings.kl_coef)  # (B, T)
 
         # 3. Advantages and returns. Whitening comes last: the returns stay in units of reward.
         advantages, returns = gae(R, old_values, mask, 1.0, settings.lam)
@@ -508,8 +514,7 @@ def train_ppo(name, start, baseline_rewards=None):
 
         gold = reviews.gold_reward(prompts, decode(batch)).mean()
         kl = ((old_log_probs - ref_log_probs) * mask).sum(1).mean()
-        ratio = rewards.var() / raw.var()
-        log.append({"gold": gold.item(), "kl": kl.item(), "variance_ratio": ratio.item()})
+        log.append({"gold": gold.item(), "kl": kl.item(), "raw": raw.var().item(), "used": rewards.var().item()})
     return policy, log
 
 
@@ -525,7 +530,7 @@ def print_table(logs):
     for name, log in logs.items():
         gold = f"{mean_of(log, 'gold'):+17.2f} {mean_of(log[-5:], 'gold'):+17.2f}"
         kl = mean_of(log[-5:], "kl")
-        ratio = mean_of(log, "variance_ratio")
+        ratio = mean_of(log, "used") / mean_of(log, "raw")
         print(f"{name:18}{gold} {kl:15.1f} {ratio:20.2f}")
 
 
@@ -533,8 +538,7 @@ def draw(logs):
     plt.figure()
     for name, log in logs.items():
         plt.plot([row["gold"] for row in log], label=name)
-    plt.xlabel("iteration")
-    plt.ylabel("gold of the responses")
+    plt.title("gold of the responses, by iteration")
     plt.legend()
     path = Path("runs/one_file.png")
     path.parent.mkdir(exist_ok=True)

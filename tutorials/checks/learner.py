@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import sys
 import types
 from pathlib import Path
 
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from crlhf.config import UserError
 from crlhf.engine.files import first_line
+from tutorials.solutions import BROKEN_NOTE, HOLES
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("log_probs", "gae", "policy_loss", "contrast", "sample")
-PARTS = ("sample", "log_probs", "contrastive_rewards", "token_rewards", "advantages_and_returns", "update")
+ONE_FILE = ROOT / "tutorials" / "one_file.py"
 
 
 class NotYet(Exception):
@@ -21,66 +22,86 @@ class NotYet(Exception):
 
 
 def load(path: Path) -> types.ModuleType:
-    """Run the file as a module, and see that it has the functions of build.py or of broken.py."""
-    if not path.is_file():
-        raise UserError(f"there is no file {path}: copy tutorials/build.py or tutorials/broken.py there")
+    """Run the file as a module, and see that it has the functions of one_file.py. `is_broken` says which copy it is."""
+    source = read_source(path)
+    original = "broken.py" if BROKEN_NOTE.strip() in source else "build.py"
     try:
-        source = path.read_text(encoding="utf-8")
         names = {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
-    except UnicodeDecodeError:
-        raise UserError(f"{path.name} is no text in UTF-8: give a copy of tutorials/build.py or broken.py") from None
     except SyntaxError as error:
-        raise UserError(f"{path.name}, line {error.lineno}: {error.msg}: Python can't read this line") from None
+        raise UserError(f"{path.name}, line {error.lineno}: {error.msg}", "Python can't read this line") from None
     except ValueError as error:  # a null byte
-        raise UserError(f"{path.name}: {error}: give a copy of tutorials/build.py or tutorials/broken.py") from None
-    original = model_of(names, path)
+        raise UserError(f"{path.name}: {error}", "give a copy of tutorials/build.py or tutorials/broken.py") from None
+    if not names & {*HOLES}:
+        what = f"{path.name} has none of the functions to check"
+        raise UserError(what, "copy tutorials/build.py or tutorials/broken.py")
+    wanted = signatures_of(ONE_FILE)
+    for name in wanted:
+        if name not in names:
+            raise UserError(f"{path.name} has no function {name}", f"copy it from tutorials/{original}")
+    module = run_as_module(source, path)
+    module.is_broken = original == "broken.py"
+    for name, parameters in wanted.items():
+        check_signature(module, name, parameters, path)
+    return module
+
+
+def read_source(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"there is no file {path}", "copy tutorials/build.py or tutorials/broken.py there")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        what = f"{path.name} is no text in UTF-8"
+        raise UserError(what, "give a copy of tutorials/build.py or broken.py") from None
+
+
+def run_as_module(source: str, path: Path) -> types.ModuleType:
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
-        raise UserError(f"{place(error, path)}: {in_words(error)}: mend that line") from None
-    for name, wanted in original.items():
-        check_signature(module, name, wanted, path)
+        raise UserError(f"{place_of(error, path)}: {in_words(error)}", "mend that line") from None
+    if not sys.stderr.isatty():
+        module.progress = remaining_shares
     return module
 
 
-def model_of(names: set[str], path: Path) -> dict[str, list[str]]:
-    """The functions that a file must have, with their parameters: those of build.py or of broken.py."""
-    is_broken = len(names & {*PARTS} - {*STAGES}) > 0
-    if not is_broken and not names & {*STAGES}:
-        raise UserError(
-            f"{path.name} has none of the functions to check: copy tutorials/build.py or tutorials/broken.py"
-        )
-    original, wanted = ("broken.py", (*PARTS, "train")) if is_broken else ("build.py", (*STAGES, "train"))
-    functions = [node for node in ast.parse((ROOT / "tutorials" / original).read_text(encoding="utf-8")).body]
-    functions = {node.name: node for node in functions if isinstance(node, ast.FunctionDef)}
-    for name in wanted:
-        if name not in names:
-            raise UserError(f"{path.name} has no function {name}: copy it from tutorials/{original}")
-    return {name: [argument.arg for argument in functions[name].args.args] for name in wanted}
+def remaining_shares(name: str, steps: int) -> list[float]:
+    """What `progress` of one_file.py yields, without a word on the screen."""
+    return [1 - step / steps for step in range(steps)]
 
 
-def check_signature(module: types.ModuleType, name: str, wanted: list[str], path: Path) -> None:
+def signatures_of(path: Path) -> dict[str, list[str]]:
+    """The functions of a file, with their parameters."""
+    functions = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
+    signatures = {}
+    for function in functions:
+        signatures[function.name] = [argument.arg for argument in function.args.args]
+    return signatures
+
+
+def check_signature(module: types.ModuleType, name: str, parameters: list[str], path: Path) -> None:
     """Can the function be called with the arguments of the original?"""
     function = getattr(module, name)
     signature = inspect.signature(function)
     try:
-        signature.bind(*wanted)
+        signature.bind(*parameters)
     except TypeError:
         line = inspect.unwrap(function).__code__.co_firstlineno
-        mend = f"give it the parameters ({', '.join(wanted)})"
         has = ", ".join(signature.parameters)
-        raise UserError(f"{path.name}, line {line}: {name} takes ({has}): {mend}") from None
+        what = f"{path.name}, line {line}: {name} takes ({has})"
+        raise UserError(what, f"give it the parameters ({', '.join(parameters)})") from None
 
 
-def place(error: BaseException, path: Path) -> str:
+def place_of(error: BaseException, path: Path) -> str:
     """The last line of the learner's file that an exception went through."""
-    frames, at = [], error.__traceback__
-    while at:
-        if at.tb_frame.f_code.co_filename == str(path):
-            frames.append(at)
-        at = at.tb_next
+    frames = []
+    traceback = error.__traceback__
+    while traceback:
+        if traceback.tb_frame.f_code.co_filename == str(path):
+            frames.append(traceback)
+        traceback = traceback.tb_next
     if not frames:
         return path.name
     function = frames[-1].tb_frame.f_code.co_name
@@ -100,7 +121,8 @@ def call(module: types.ModuleType, name: str, *arguments: object) -> object:
     except Exception as error:
         if isinstance(error, NotImplementedError) and "fill in" in str(error):
             raise
-        raise NotYet(f"{place(error, Path(module.__file__))}: {in_words(error)}: mend that line") from None
+        place = place_of(error, Path(module.__file__))
+        raise NotYet(f"{place}: {in_words(error)}: mend that line") from None
 
 
 def require(what: str, value: object, shape: tuple) -> Tensor:
@@ -116,14 +138,19 @@ def require(what: str, value: object, shape: tuple) -> Tensor:
 
 def compare(got: Tensor, want: Tensor, mistakes: dict[str, Tensor], where: Tensor | None = None) -> None:
     """Nothing if got is want at `where`; else a NotYet that names the mistake which gives just this, if one does."""
-    where = torch.ones_like(want, dtype=torch.bool) if where is None else where
-    same = lambda other: torch.allclose(got[where], other.double()[where], atol=1e-5)  # noqa: E731
+    if where is None:
+        where = torch.ones_like(want, dtype=torch.bool)
+
+    def same(other: Tensor) -> bool:
+        return torch.allclose(got[where], other.double()[where], atol=1e-5)
+
     if same(want):
         return
     for text, wrong in mistakes.items():
         if same(wrong):
             raise NotYet(text)
-    at = ((got - want).abs() * where).flatten().argmax()
-    index = [int(i) for i in torch.unravel_index(at, want.shape)] if want.dim() else []
-    spot = f" at {index}" if index else ""
-    raise NotYet(f"{got.flatten()[at]:.3f}{spot}, where the library has {want.flatten()[at]:.3f}")
+    worst = ((got - want).abs() * where).flatten().argmax()
+    index = ""
+    if want.dim():
+        index = f" at {[int(i) for i in torch.unravel_index(worst, want.shape)]}"
+    raise NotYet(f"{got.flatten()[worst]:.3f}{index}, where the library has {want.flatten()[worst]:.3f}")
