@@ -515,13 +515,14 @@ def cancels(changes):
 # ------------------------------------------------------------------------------------------------ 18. build it
 
 
-def broken(log, library):
-    """The broken loop's curves on the library's. log, library: a row of numbers for each iteration."""
+def broken(rows, right):
+    """The broken loop's curves on those of one_file.py. rows, right: a row of numbers for each iteration."""
     figure, axes = plt.subplots(2, 3, figsize=(8.5, 5))
     for axis, name in zip(axes.flat, ("gold", "reward", "kl", "length", "clip_fraction")):
-        axis.plot([row[name] for row in library], color="#999999", linewidth=4, label="library")
-        axis.plot([row[name] for row in log], color="#D55E00", label="broken")
+        axis.plot([row[name] for row in right], color="#999999", linewidth=4, label="one_file.py")
+        axis.plot([row[name] for row in rows], color="#D55E00", label="broken.py")
         axis.set(title=name, xlabel="iteration")
     axes[1, 2].axis("off")
-    axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    axes[1, 2].legend(handles, labels, loc="center")
     show(figure, "18_broken")

@@ -24,8 +24,8 @@ MISTAKES = {  # name: (right, as planted, what was wrong)
         masks.append(alive)
 """,
         "`alive` was updated before it was written into the mask, so the mask left out EOS. The action of stopping got "
-        "no gradient and no KL price. Curve: length, which equalled the number of words, without EOS. It hid how far "
-        "the price goes: the policy couldn't learn to go on. Mend this alone, and length rises to the limit.",
+        "no gradient and no KL price. Curve: length, which equalled the number of words, without EOS. It hid the sign "
+        "of the price: with that mended alone, responses still run to the limit, and KL passes 40 nats.",
     ),
     "pairs": (
         "torch.stack(columns, 1)",
@@ -50,9 +50,9 @@ MISTAKES = {  # name: (right, as planted, what was wrong)
         advantages = whiten(advantages, mask)
         returns = advantages + old_values
 """,
-        "The targets were formed after whitening. Curves: return equals value in every row, and return_std starts at "
-        "1, whatever the rewards are. It hid the pairs and the price in the critic's numbers: their returns have "
-        "another spread, and grow.",
+        "The targets were formed after whitening. Curves: return equals value in every row, and return_std stays near "
+        "1, whatever the rewards are. It hid the price in the critic's numbers: mend this alone, and return "
+        "climbs past 4.",
     ),
     "temperature": (
         "response_log_probs(policy, part, settings.temperature)",
