@@ -25,15 +25,18 @@ from crlhf.ppo import gae, whiten
 
 def ppo_gae(rewards: Tensor, values: Tensor) -> Tensor:
     """Whitened GAE of responses with T tokens, paid at the last: (N, m), values (N, m, T) of a critic -> (N, m, T)."""
-    flat = values.flatten(0, 1)  # (N m, T)
-    mask, paid = torch.ones_like(flat, dtype=torch.bool), torch.zeros_like(flat)
-    paid[:, -1] = rewards.flatten()
-    return whiten(gae(paid, flat, mask, 1.0, PPOConfig.lam)[0], mask).view_as(values)
+    flat_values = values.flatten(0, 1)  # (N m, T)
+    mask = torch.ones_like(flat_values, dtype=torch.bool)
+    token_rewards = torch.zeros_like(flat_values)
+    token_rewards[:, -1] = rewards.flatten()
+    advantages, _ = gae(token_rewards, flat_values, mask, 1.0, PPOConfig.lam)
+    return whiten(advantages, mask).view_as(values)
 
 
 def reinforce(rewards: Tensor) -> Tensor:
     """REINFORCE and REINFORCE++: centred and scaled over the whole batch."""
-    return whiten(rewards, torch.ones_like(rewards, dtype=torch.bool))
+    everywhere = torch.ones_like(rewards, dtype=torch.bool)
+    return whiten(rewards, everywhere)
 
 
 def batch_mean(rewards: Tensor) -> Tensor:
@@ -41,7 +44,8 @@ def batch_mean(rewards: Tensor) -> Tensor:
 
 
 def rloo(rewards: Tensor) -> Tensor:
-    return rewards - leave_one_out(rewards.flatten(), rewards.shape[1]).view_as(rewards)
+    mean_of_others = leave_one_out(rewards.flatten(), rewards.shape[1])
+    return rewards - mean_of_others.view_as(rewards)
 
 
 def group_mean(rewards: Tensor) -> Tensor:
@@ -50,7 +54,8 @@ def group_mean(rewards: Tensor) -> Tensor:
 
 
 def grpo(rewards: Tensor) -> Tensor:
-    return group_mean(rewards) / (rewards.std(1, keepdim=True) + 1e-4)
+    deviation = rewards.std(1, keepdim=True)
+    return group_mean(rewards) / (deviation + 1e-4)
 
 
 def grpo_batch_scale(rewards: Tensor) -> Tensor:
@@ -64,18 +69,21 @@ def remax(rewards: Tensor, greedy: Tensor) -> Tensor:
 
 def clipped(estimator: Callable, limit: float) -> Callable:
     """The estimator after a clip of rewards to [-limit, limit]."""
-    return lambda rewards: estimator(rewards.clamp(-limit, limit))
+
+    def after_clip(rewards: Tensor) -> Tensor:
+        return estimator(rewards.clamp(-limit, limit))
+
+    return after_clip
 
 
 # ------------------------------------------------------------------------------------------------- the table
 
 
-def changes(rewards: Tensor, baseline: Tensor, greedy: Tensor, values: Tensor) -> dict[str, float]:
+def relative_changes(rewards: Tensor, baseline: Tensor, greedy: Tensor, values: Tensor) -> dict[str, float]:
     """Estimator -> root mean square change of the advantages, in units of their own, when r - b takes the place of r.
 
     rewards (N, m), baseline (N,), greedy (N,), values (N, m, T) of a critic that has learned nothing of b yet.
     """
-    offset = baseline[:, None].expand_as(rewards)
     limit = rewards.abs().quantile(0.9).item()
     estimators = {
         "PPO, GAE with a critic": lambda r, g: ppo_gae(r, values),
@@ -88,9 +96,12 @@ def changes(rewards: Tensor, baseline: Tensor, greedy: Tensor, values: Tensor) -
         "GRPO, scaled over the batch": lambda r, g: grpo_batch_scale(r),
         "RLOO, rewards clipped": lambda r, g: clipped(rloo, limit)(r),
     }
+    contrastive_rewards = contrast(rewards, baseline[:, None].expand_as(rewards), 1.0)
+    contrastive_greedy = contrast(greedy, baseline, 1.0)
     table = {}
     for name, estimator in estimators.items():
         raw = estimator(rewards, greedy)
-        contrastive = estimator(contrast(rewards, offset, 1.0), contrast(greedy, baseline, 1.0))
-        table[name] = ((contrastive - raw).square().mean() / raw.square().mean()).sqrt().item()
+        change = estimator(contrastive_rewards, contrastive_greedy) - raw
+        mean_square = change.square().mean() / raw.square().mean()
+        table[name] = mean_square.sqrt().item()
     return table

@@ -22,7 +22,6 @@ from crlhf.config import Config, ContrastiveConfig, DataConfig, PPOConfig, Rewar
 from crlhf.contrastive import ContrastiveReward
 from crlhf.engine.checkpoint import Job
 from crlhf.engine.files import shuffled, stream
-from crlhf.engine.forward import Model
 from crlhf.engine.models import frozen_copy, scalar_model
 from crlhf.engine.text import Reward
 from crlhf.engine.training import adamw, gradient_step
@@ -48,8 +47,11 @@ def tutorial_config(out="runs/tutorial"):
     config.run = RunConfig(out=out, device="cpu", threads=1)
     config.world = WorldConfig(train_prompts=256, eval_prompts=128, demonstrations=4000, pairs=2000, label_flips=0.1)
     config.model.width = 48
-    config.sft.epochs, config.reward.epochs, config.ppo.iterations = 3, 4, 30
-    config.ppo.lr = config.ppo.critic_lr = 2e-3  # few iterations, so larger steps,
+    config.sft.epochs = 3
+    config.reward.epochs = 4
+    config.ppo.iterations = 30
+    config.ppo.lr = 2e-3  # few iterations, so larger steps,
+    config.ppo.critic_lr = 2e-3
     config.ppo.kl_coef = 0.02  # and a lower price
     return config
 
@@ -89,8 +91,10 @@ def show(figure, name):
 
 def write(policy, prompts, name, k=1, temperature=1.0, top_p=1.0) -> list[str]:
     """k responses to each prompt, those of one prompt in a row. `name` names the random numbers."""
+    tokenizer = tutorial_run().tokenizer()
     draw = stream(0, "tutorial", name)
-    return generate(policy, tutorial_run().tokenizer(), prompts, RESPONSE_TOKENS, temperature, top_p, draw, k)[0]
+    responses, _, _ = generate(policy, tokenizer, prompts, RESPONSE_TOKENS, temperature, top_p, draw, k)
+    return responses
 
 
 def repeated(prompts: list[str], k: int) -> list[str]:
@@ -101,7 +105,8 @@ def repeated(prompts: list[str], k: int) -> list[str]:
 def score(reward: Reward, prompts: list[str], texts: list[str]) -> Tensor:
     """Rewards of k responses to each prompt. -> (N, k)"""
     k = len(texts) // len(prompts)
-    return reward(repeated(prompts, k), texts).view(-1, k)
+    rewards = reward(repeated(prompts, k), texts)
+    return rewards.view(-1, k)
 
 
 def short_ppo(reward, baselines=None, scale="none", gold=None, **changes):
@@ -112,8 +117,11 @@ def short_ppo(reward, baselines=None, scale="none", gold=None, **changes):
     run = tutorial_run()
     policy = run.model("sft")
     models = ppo.Models(policy, frozen_copy(policy), None, run.tokenizer())
-    contrastive = ContrastiveReward(baselines, ContrastiveConfig(scale=scale)) if baselines else None
-    config = PPOConfig(**{"iterations": 10, "lr": 2e-3, "critic": "none"} | changes)
+    contrastive = None
+    if baselines:
+        contrastive = ContrastiveReward(baselines, ContrastiveConfig(scale=scale))
+    settings = {"iterations": 10, "lr": 2e-3, "critic": "none"}
+    config = PPOConfig(**settings | changes)
     with tempfile.TemporaryDirectory() as folder:
         job = Job("ppo", folder, max_response_tokens=RESPONSE_TOKENS)
         log = ppo.train_ppo(models, reward, run.prompts("train"), config, job, contrastive, gold)
@@ -133,9 +141,11 @@ def reward_from(pairs: list[dict]) -> Reward:
 def measure(rollout: ppo.Rollout) -> dict:
     """What a rollout looks like: gold, KL, length, the share that ended, the size of the critic's values, a sample."""
     mask = rollout.batch.response_mask
+    gold = reviews.gold_reward(rollout.prompts, rollout.responses)
+    kl = ((rollout.log_probs - rollout.ref_log_probs) * mask).sum(1)
     return {
-        "gold": reviews.gold_reward(rollout.prompts, rollout.responses).mean().item(),
-        "KL": ((rollout.log_probs - rollout.ref_log_probs) * mask).sum(1).mean().item(),
+        "gold": gold.mean().item(),
+        "KL": kl.mean().item(),
         "length": mask.sum(1).float().mean().item(),
         "ended": rollout.has_ended.float().mean().item(),
         "value": rollout.values[mask].abs().mean().item(),
@@ -145,33 +155,38 @@ def measure(rollout: ppo.Rollout) -> dict:
 
 def ending(log: list[dict]) -> str:
     """What `measure` saw over the last four iterations, as a line of text."""
-    last = {key: mean(row[key] for row in log[-4:]) for key in ("gold", "KL", "length", "ended", "value")}
-    gold, kl, length = f"gold {last['gold']:+.2f}", f"KL {last['KL']:5.1f}", f"length {last['length']:4.1f}"
-    return f"{gold}  {kl}  {length}  ended {last['ended']:.2f}  |value| {last['value']:.2f}"
-
-
-def networks() -> tuple[Model, Model, Model]:
-    """What PPO starts from: the SFT policy, its frozen copy as the reference, and a critic of it that predicts 0."""
-    run = tutorial_run()
-    policy = run.model("sft")
-    return policy, frozen_copy(policy), scalar_model(str(run.path("sft")), run.tokenizer().pad_token_id)
+    last = {}
+    for key in ("gold", "KL", "length", "ended", "value"):
+        last[key] = mean(row[key] for row in log[-4:])
+    parts = [
+        f"gold {last['gold']:+.2f}",
+        f"KL {last['KL']:5.1f}",
+        f"length {last['length']:4.1f}",
+        f"ended {last['ended']:.2f}",
+        f"|value| {last['value']:.2f}",
+    ]
+    return "  ".join(parts)
 
 
 class Learner:
-    """What a PPO run trains: the SFT policy and a critic made from it, an optimizer each; and the frozen reference."""
+    """What a PPO run trains: the SFT policy and a critic of it that predicts 0; and the frozen reference."""
 
     def __init__(self, seed: int = 0):
         run = tutorial_run()
-        self.policy, ref_policy, self.critic = networks()
-        self.models = ppo.Models(self.policy, ref_policy, self.critic, run.tokenizer())
+        tokenizer = run.tokenizer()
+        self.policy = run.model("sft")
+        self.critic = scalar_model(str(run.path("sft")), tokenizer.pad_token_id)
+        self.models = ppo.Models(self.policy, frozen_copy(self.policy), self.critic, tokenizer)
         self.optimizers = [adamw(self.policy), adamw(self.critic)]
         self.job = Job("ppo", run.path("ppo"), seed, RESPONSE_TOKENS)
 
     def rollout(self, i: int) -> ppo.Rollout:
         """Responses to the 32 prompts of iteration i, in two minibatches, and what the networks say of their tokens."""
         prompts = tutorial_run().prompts("train")
-        some = [prompts[j] for j in shuffled(len(prompts), 0, i)[:32]]
-        return ppo.collect_rollout(self.models, some, PPOConfig(batch_size=32, minibatches=2), self.job, i)
+        numbers = shuffled(len(prompts), 0, i)[:32]
+        batch = [prompts[number] for number in numbers]
+        config = PPOConfig(batch_size=32, minibatches=2)
+        return ppo.collect_rollout(self.models, batch, config, self.job, i)
 
     def step(self, loss: Tensor, lr: float) -> None:
         """One step of policy and critic along their gradients, whose norms are bounded."""
@@ -193,7 +208,9 @@ def real_law(run: str, *names: str) -> None:
     print(run)
     for row in select(experiment("real_law"), run=run):
         if row["quantity"].startswith(names):
-            interval = f" [{row['low']:.2f}, {row['high']:.2f}]" if row["low"] != "" else ""
+            interval = ""
+            if row["low"] != "":
+                interval = f" [{row['low']:.2f}, {row['high']:.2f}]"
             print(f"{row['quantity']}: {row['value']:.2f}{interval}")
 
 
@@ -212,18 +229,20 @@ def gain(rows, setting, method, key="mean_gold", reference="ppo") -> str:
     mean_gold is the true reward over the whole run, gold that of held-out prompts at its end. What cancels a constant
     was run without one only: its row stands in the setting "sd 0".
     """
-    own = setting if values(rows, setting, method, key) else "sd 0"
-    return plus_minus(difference(rows, own, method, reference, key, setting), 3, "+")
+    was_run_in = setting if values(rows, setting, method, key) else "sd 0"
+    mean_and_half = difference(rows, was_run_in, method, reference, key, setting)
+    return plus_minus(mean_and_half, 3, "+")
 
 
 def gain_table(rows: list[dict], methods: Sequence[str], settings: Sequence[str] = (), key: str = "mean_gold") -> str:
     """A line a setting (all, if none is named): what plain PPO reaches, and each method minus it, as `gain` says."""
-    lines = [f"{'setting':18}plain PPO  " + "".join(f"{method:17}" for method in methods)]
+    names = "".join(f"{method:17}" for method in methods)
+    lines = [f"{'setting':18}plain PPO  {names}".rstrip()]
     for setting in settings or distinct(rows, "setting"):
         plain = mean(values(rows, setting, "ppo", key))
         gains = "".join(f"{gain(rows, setting, method, key):17}" for method in methods)
-        lines.append(f"{setting:18}{plain:+9.3f}  {gains}")
-    return "\n".join(line.rstrip() for line in lines)
+        lines.append(f"{setting:18}{plain:+9.3f}  {gains}".rstrip())
+    return "\n".join(lines)
 
 
 def gains_by_rho() -> dict[str, list[tuple[float, float, float]]]:
@@ -233,8 +252,15 @@ def gains_by_rho() -> dict[str, list[tuple[float, float, float]]]:
     """
     gains = {"contrastive": [], "adaptive": [], "RLOO": []}
     for *_, rows in all_settings(Path("figures")):
-        gold = {name: [row["mean_gold"] for row in select(rows, method=name)] for name in ("ppo", *gains)}
-        rho = mean([row["rho"] for row in select(rows, method="adaptive")])
-        for method, found in gains.items():
-            found.append((rho, *mean_interval([a - b for a, b in zip(gold[method], gold["ppo"])])))
+        rho = mean(row["rho"] for row in select(rows, method="adaptive"))
+        plain = gold_of(rows, "ppo")
+        for method, points in gains.items():
+            differences = [a - b for a, b in zip(gold_of(rows, method), plain)]
+            gap, half = mean_interval(differences)
+            points.append((rho, gap, half))
     return gains
+
+
+def gold_of(rows: list[dict], method: str) -> list[float]:
+    """A method's gold over the run, seed by seed."""
+    return [row["mean_gold"] for row in select(rows, method=method)]

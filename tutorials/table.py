@@ -20,7 +20,10 @@ from crlhf.contrastive import leave_one_out
 from crlhf.engine.files import stream
 from crlhf.evaluate import mean_interval
 
-SEEDS, PROMPTS, RESPONSES, GROUP = 16, 100, 8, 4
+SEEDS = 16
+PROMPTS = 100
+RESPONSES = 8
+GROUP = 4
 
 
 def qualities() -> Tensor:
@@ -36,14 +39,17 @@ def levels() -> Tensor:
 
 def draw_responses(pi: Tensor, n: int, draw: torch.Generator) -> Tensor:
     """n responses to each prompt. (S, P, 8) -> (S, P, n)"""
-    return torch.multinomial(pi.reshape(-1, RESPONSES), n, True, generator=draw).view(*pi.shape[:2], n)
+    rows = pi.reshape(-1, RESPONSES)
+    responses = torch.multinomial(rows, n, replacement=True, generator=draw)
+    return responses.view(SEEDS, -1, n)
 
 
 def adaptive_share(r: Tensor, b: Tensor) -> Tensor:
     """Cov(r, b) / Var(b) over the prompts of each seed, kept in [0, 1]. (S, P, 1) twice -> (S, 1, 1)"""
     centred = b - b.mean(1, keepdim=True)
-    share = (r * centred).mean(1, keepdim=True) / (centred**2).mean(1, keepdim=True)
-    return share.clamp(0, 1)
+    covariance = (r * centred).mean(1, keepdim=True)
+    variance = (centred**2).mean(1, keepdim=True)
+    return (covariance / variance).clamp(0, 1)
 
 
 def learn(
@@ -64,8 +70,8 @@ def learn(
     """
     draw = stream(0, "learn", method, k)
     logits = torch.zeros_like(reward)
-    values = torch.zeros(*reward.shape[:2], 1)  # the critic: one number a prompt
-    old = judge(reward.gather(2, draw_responses(logits.softmax(2), k, draw))).mean(2, keepdim=True)
+    values = torch.zeros(SEEDS, PROMPTS, 1)  # the critic: one number a prompt
+    offline = judge(reward.gather(2, draw_responses(logits.softmax(2), k, draw))).mean(2, keepdim=True)
     curve = []
     for _ in range(steps):
         pi = logits.softmax(2)
@@ -73,20 +79,23 @@ def learn(
         r = judge(reward.gather(2, y))  # (S, P, 1), or (S, P, GROUP)
         visited = torch.ones_like(r)
         if method == "contrastive":
-            r = r - old
+            r = r - offline
         elif method == "adaptive":
-            r = r - adaptive_share(r, old) * old
+            r = r - adaptive_share(r, offline) * offline
         elif method == "fresh":
-            r = r - judge(reward.gather(2, draw_responses(pi, k, draw))).mean(2, keepdim=True)
+            online = judge(reward.gather(2, draw_responses(pi, k, draw))).mean(2, keepdim=True)
+            r = r - online
         elif method == "group":
             r = r - leave_one_out(r.flatten(), GROUP).view_as(r)
-            order = torch.rand(*r.shape[:2], 1, generator=draw).argsort(1)
+            order = torch.rand(SEEDS, PROMPTS, 1, generator=draw).argsort(1)
             visited = (order < PROMPTS // GROUP).expand_as(r).float()
         advantages = r - values
         values = values + critic_lr * advantages.mean(2, keepdim=True)
-        step = (lr * whiten(advantages, visited))[..., None] * (one_hot(y, RESPONSES) - pi[:, :, None])
-        logits = logits + step.sum(2)
-        curve.append((logits.softmax(2) * quality).sum(2).mean(1))
+        gradient = one_hot(y, RESPONSES) - pi[:, :, None]  # of log pi(y): (S, P, n, 8)
+        steps_of_responses = lr * whiten(advantages, visited)[..., None] * gradient
+        logits = logits + steps_of_responses.sum(2)
+        true_quality = (logits.softmax(2) * quality).sum(2)  # (S, P)
+        curve.append(true_quality.mean(1))
     return torch.stack(curve)
 
 
@@ -95,7 +104,8 @@ def whiten(advantages: Tensor, visited: Tensor) -> Tensor:
     count = visited.sum((1, 2), keepdim=True)
     mean = (advantages * visited).sum((1, 2), keepdim=True) / count
     centred = (advantages - mean) * visited
-    return centred / (centred.square().sum((1, 2), keepdim=True) / count + 1e-6).sqrt()
+    variance = centred.square().sum((1, 2), keepdim=True) / count
+    return centred / (variance + 1e-6).sqrt()
 
 
 def apart(a: Tensor, b: Tensor) -> str:
