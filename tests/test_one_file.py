@@ -235,14 +235,17 @@ def test_runs_to_its_end(settings, tmp_path, monkeypatch, capsys):
 
 
 def test_contrastive_ppo_is_blind_to_a_constant_of_each_prompt_and_plain_ppo_is_not(start, settings):
-    logs = []
+    kl = {}
     for size in (0.0, 5.0):
         start.bias = size * torch.arange(12.0)
         torch.manual_seed(0)
         baseline_rewards = one_file.sample_baselines(start)
-        logs.append((one_file.train_ppo("", start, baseline_rewards)[1], one_file.train_ppo("", start)[1]))
-    gold = [[[row["gold"] for row in log] for log in pair] for pair in logs]
-    assert gold[0][0] == pytest.approx(gold[1][0]) and gold[0][1] != pytest.approx(gold[1][1])
+        for name, baselines in (("plain", None), ("contrastive", baseline_rewards)):
+            _, log = one_file.train_ppo(name, start, baselines)
+            kl[name, size] = [row["kl"] for row in log]
+    assert kl["contrastive", 0.0][-1] > 0.01
+    assert kl["contrastive", 5.0] == pytest.approx(kl["contrastive", 0.0], abs=1e-3)
+    assert kl["plain", 5.0] != pytest.approx(kl["plain", 0.0], abs=1e-3)
 
 
 def test_each_prompt_gets_its_own_baselines(start, settings):

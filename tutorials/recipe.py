@@ -40,7 +40,7 @@ def main(folder="runs/recipe", demonstrations=4000, pairs=2000, n_prompts=256, i
     baselines = {row["prompt"]: torch.tensor(row["rewards"]) for row in rows}
     for name, contrastive in {"plain": None, "contrastive": ContrastiveReward(baselines, ContrastiveConfig())}.items():
         models = Models(copy.deepcopy(policy), policy, copy.deepcopy(reward_model), tokenizer)
-        config = PPOConfig(iterations=iterations)
+        config = PPOConfig(iterations=iterations, batch_size=32, minibatches=2)
         log = train_ppo(models, reward, prompts, config, Job(name), contrastive, gold=reviews.gold_reward)
         print(f"{name:12} gold over the run {sum(row['gold'] for row in log) / len(log):+.2f}")
 
