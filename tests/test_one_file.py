@@ -120,6 +120,7 @@ def test_contrastive_rewards():
 
 def twins(tokenizer):
     """The same networks twice: (policy, critic) for the file, and for the library."""
+    torch.manual_seed(0)
     actor = random_model(tokenizer)
     critic = one_file.ScalarModel(random_model(tokenizer, seed=1))
     torch.nn.init.normal_(critic.score.weight)
@@ -153,8 +154,9 @@ def longer(batch):
     return Batch(batch.prompt_ids, batch.prompt_mask, response_ids, torch.cat([batch.response_mask, more.bool()], 1))
 
 
-def test_gradient_of_a_whole_update(tokenizer, settings):
-    """One step of plain gradient descent at rate 1: what the weights lose is the gradient, its norm bounded."""
+@pytest.mark.parametrize("scale, is_bounded", [(1.0, True), (0.02, False)], ids=["bounded", "short"])
+def test_gradient_of_a_whole_update(scale, is_bounded, tokenizer, settings):
+    """One step of plain gradient descent: what the weights lose is the gradient, its norm bounded where it is long."""
     settings.batch_size, settings.minibatch_size, settings.epochs, settings.temperature = B, B, 1, 0.7
     (actor, critic), (library_actor, library_critic) = twins(tokenizer)
     batch = random_batch(len(tokenizer))
@@ -162,12 +164,14 @@ def test_gradient_of_a_whole_update(tokenizer, settings):
         log_probs = one_file.response_log_probs(actor, batch, 0.7)
         values = one_file.response_values(critic, batch)
     old_log_probs = log_probs + 0.2 * random(B, T).float()
-    old_values = values + 0.2 * random(B, T, seed=1).float()
-    advantages, returns = random(B, T, seed=2).float(), random(B, T, seed=3).float()
+    old_values = values + 0.2 * scale * random(B, T, seed=1).float()
+    advantages = scale * random(B, T, seed=2).float()
+    returns = values + scale * random(B, T, seed=3).float()
+    lr = 1.0 if is_bounded else 0.2
 
     rollout = one_file.Rollout(*vars(batch).values(), old_log_probs, old_values, advantages, returns)
     optimizers = [torch.optim.SGD(network.parameters()) for network in (actor, critic)]
-    one_file.update(actor, critic, optimizers, rollout, 1.0)
+    one_file.update(actor, critic, optimizers, rollout, lr)
 
     config = PPOConfig(batch_size=B, minibatches=1, epochs=1, temperature=0.7)
     library_batch = Batch(**vars(batch))
@@ -178,13 +182,14 @@ def test_gradient_of_a_whole_update(tokenizer, settings):
     models = ppo.Models(library_actor, None, library_critic, tokenizer)
     networks = {"policy": library_actor, "critic": library_critic}
     library_optimizers = {name: torch.optim.SGD(network.parameters()) for name, network in networks.items()}
-    ppo.update(models, library_optimizers, dict.fromkeys(networks, 1.0), library_rollout, config, torch.Generator())
+    ppo.update(models, library_optimizers, dict.fromkeys(networks, lr), library_rollout, config, torch.Generator())
 
     start, _ = twins(tokenizer)
     for before, mine, library in zip(start, (actor, critic), networks.values()):
         library = library.state_dict()
-        moved = max((weight - before.state_dict()[name]).abs().max() for name, weight in mine.state_dict().items())
-        assert moved > 0.01
+        moved = [(new - old).detach().flatten() for new, old in zip(mine.parameters(), before.parameters())]
+        length = torch.cat(moved).norm().item() / lr
+        assert length == pytest.approx(1.0, abs=1e-3) if is_bounded else 0.0 < length < 1.0
         for name, weight in mine.state_dict().items():
             agree(weight, library[name])
 
