@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import textwrap
 from graphlib import TopologicalSorter
 
 import pytest
@@ -166,3 +167,11 @@ def test_help_comes_without_the_heavy_libraries():
     assert "--ppo-lr" in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "crlhf.config" in imported and not imported & {"torch", "transformers", "datasets", "numpy", "matplotlib"}
+
+
+def test_the_readme_shows_the_recipe_as_it_is_and_stays_short():
+    readme = (ROOT / "README.md").read_text()
+    shown = readme.split("```python\n")[1].split("```")[0].strip()
+    recipe = (ROOT / "tutorials" / "recipe.py").read_text()
+    assert textwrap.indent(shown, "    ", lambda line: line.strip()) in recipe
+    assert len(readme.splitlines()) <= 150
