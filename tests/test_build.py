@@ -308,21 +308,18 @@ def test_mending_one_of_a_pair_uncovers_the_other(capsys, tmp_path):
         ("def gae(:\n", "mine.py, line 1: invalid syntax"),
         ("x = 1\n", "mine.py has none of the functions to check"),
         ("import nothing_like_this\n" + BUILD.split('"""', 2)[2], "mine.py, line 1: ModuleNotFoundError"),
-        (BUILD.replace("def gae(", "def my_gae("), "mine.py has no function gae: copy it from tutorials/build.py"),
+        (changed(BUILD, ("def gae(", "def my_gae(")), "mine.py has no function gae: copy it from tutorials/build.py"),
         (
-            BUILD.replace("def contrast(rewards, baseline_rewards)", "def contrast(rewards)"),
+            changed(BUILD, ("def contrast(rewards, baseline_rewards)", "def contrast(rewards)")),
             "contrast takes (rewards): give it the parameters (rewards, baseline_rewards)",
         ),
+        (changed(BUILD, ("rewards_of(start, numbers, batch)  # (B,)", "rewards_of(start)")), "in train_ppo: TypeError"),
+        (changed(BROKEN, ("def update(", "def updated(")), "mine.py has no function update"),
         (
-            BUILD.replace("rewards_of(start, numbers, batch)\n        rewards", "rewards_of(start)\n        rewards"),
-            "in train_ppo: TypeError",
-        ),
-        (BROKEN.replace("def update(", "def updated("), "mine.py has no function update"),
-        (
-            BROKEN.replace("    last = response_mask.sum(1)", "    last = response_mask.sum(2)"),
+            changed(BROKEN, ("    last = response_mask.sum(1)", "    last = response_mask.sum(2)")),
             "in token_rewards: IndexError",
         ),
-        (BROKEN.replace("for _ in range(settings.epochs)", "for _ in range(0)"), "policy_loss is called 0 times"),
+        (changed(BROKEN, ("for _ in range(settings.epochs)", "for _ in range(0)")), "policy_loss is called 0 times"),
     ],
 )
 def test_mistake_of_the_user_is_one_line(source, says, capsys, tmp_path):
