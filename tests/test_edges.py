@@ -22,6 +22,7 @@ from crlhf.__main__ import main
 from crlhf.config import Config, UserError
 from crlhf.engine import hub
 from crlhf.engine.checkpoint import Checkpoint, Job
+from crlhf.engine.files import write_jsonl
 from crlhf.engine.models import load_model
 from crlhf.engine.tokenizers import word_tokenizer
 from crlhf.pipeline import folder, memory
@@ -412,6 +413,7 @@ def test_an_output_that_cannot_hold_a_character_or_is_closed(copied):
 def test_a_million_rows_of_metrics_are_saved_and_read_back(tmp_path):
     checkpoint = Checkpoint(Job("x", tmp_path))
     checkpoint.rows = [{"step": i, "loss": 0.5} for i in range(1_000_000)]
+    write_jsonl(checkpoint.metrics, checkpoint.rows)
     checkpoint.save(1_000_000)
     again = Checkpoint(Job("x", tmp_path))
     assert again.resume() == 1_000_000 and again.rows == checkpoint.rows

@@ -17,7 +17,6 @@ from ..config import DataConfig, RunConfig, UserError
 from .files import Progress, append_jsonl, write_jsonl
 
 SAVING_SHARE = 20  # saving takes at most one part in so many of the time
-METRICS_SECONDS = 5  # after so many, metrics.jsonl gets the rows that are new
 
 
 @dataclass
@@ -45,11 +44,9 @@ class Checkpoint:
         self.job = job
         self.parts = parts
         self.rows = []
-        self.n_written = 0
         self.bar = None
         self.saved_at = 0.0  # seconds on the monotonic clock
         self.saving_took = 0.0
-        self.metrics_at = 0.0
         if job.folder is not None:
             self.file = Path(job.folder) / "checkpoint.pt"
             self.metrics = Path(job.folder) / "metrics.jsonl"
@@ -60,8 +57,7 @@ class Checkpoint:
         if self.job.folder is not None:
             start = self.resume()
             write_jsonl(self.metrics, self.rows)  # without what was logged after the last checkpoint
-            self.n_written = len(self.rows)
-        self.saved_at = self.metrics_at = time.monotonic()
+        self.saved_at = time.monotonic()
         with Progress(total, self.job.name, start) as self.bar:
             for step in range(start, total):
                 yield step
@@ -70,18 +66,15 @@ class Checkpoint:
                     self.keep(step + 1, is_last=step + 1 == total)
 
     def keep(self, step: int, is_last: bool) -> None:
-        """Save the state if it is time, or at least the metrics: whoever watches needn't wait for a checkpoint."""
+        """Save the state if it is time."""
         now = time.monotonic()
         wait = 0.0
         if self.job.checkpoint_seconds:
             wait = max(self.job.checkpoint_seconds, SAVING_SHARE * self.saving_took)
         if is_last or now - self.saved_at >= wait:
             self.save(step)
-            self.saved_at = self.metrics_at = time.monotonic()
+            self.saved_at = time.monotonic()
             self.saving_took = self.saved_at - now
-        elif now - self.metrics_at > METRICS_SECONDS:
-            self.write_metrics()
-            self.metrics_at = time.monotonic()
 
     def resume(self) -> int:
         """Load the last checkpoint, if there is one, and return the step to go on from."""
@@ -100,7 +93,6 @@ class Checkpoint:
 
     def save(self, step: int) -> None:
         """Write the state of after `step` steps. torch copies tensors to the host one by one: no clones on a GPU."""
-        self.write_metrics()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state["n_rows"] = len(self.rows)
         state["step"] = step
@@ -114,14 +106,15 @@ class Checkpoint:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def write_metrics(self) -> None:
-        append_jsonl(self.metrics, self.rows[self.n_written :])
-        self.n_written = len(self.rows)
-
     def log(self, row: dict, *shown: str) -> None:
-        """Keep a row of metrics; those named in `shown` appear beside the progress bar."""
+        """Keep a row of metrics, in the file too: whoever watches needn't wait for a checkpoint.
+
+        Those named in `shown` appear beside the progress bar.
+        """
         row = as_numbers(row)
         self.rows.append(row)
+        if self.job.folder is not None:
+            append_jsonl(self.metrics, [row])
         beside_the_bar = {name: f"{row[name]:.3g}" for name in shown if name in row}
         self.bar.set_postfix(beside_the_bar, refresh=False)
 
