@@ -81,7 +81,6 @@ class DataConfig:
     max_rows: int = knob(0, "read at most this many rows (0: all)", 0, 10**9)
     eval_dataset: str = knob("", "held-out rows, as for --dataset, instead of a share of it")
     eval_fraction: float = knob(0.1, "share of a dataset's prompts that is held out", 0.001, 0.9)
-    prompt_words: int = knob(8, "plain text: this many first words become the prompt", 1, 10_000)
     max_prompt_tokens: int = knob(64, "rows with a longer prompt are dropped, and counted", 1, 100_000)
     max_response_tokens: int = knob(24, "longest response, its EOS included", 1, 100_000)
 

@@ -10,7 +10,7 @@ import pytest
 from crlhf.config import DataConfig, UserError
 from crlhf.engine.text import encode_prompt, encode_response
 from crlhf.engine.tokenizers import bpe_tokenizer, training_texts
-from crlhf.pipeline.data import Unusable, are_preferences, build_corpus, check_columns, parse_row
+from crlhf.pipeline.data import Unusable, build_corpus, check_columns, parse_row
 from crlhf.pipeline.reading import read_rows
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf-harmless-sample.jsonl.gz"
@@ -62,12 +62,11 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
-def parse(row, tokenizer, preferred="better_response_id", prompt_words=3):
+def parse(row, tokenizer, preferred="better_response_id"):
     """One row as it comes out: (prompt, response), or (prompt, chosen, rejected)."""
     check_columns(set(row), preferred, "rows")
-    config = DataConfig(preferred=preferred, prompt_words=prompt_words)
+    config = DataConfig(preferred=preferred)
     example = parse_row(row, "rows, row 1", set(row), config, tokenizer)
-    assert are_preferences(set(row)) == ("rejected" in example)
     if "rejected" in example:
         assert example["prompt"] == example["rejected_prompt"]
     return tuple(example[key] for key in ("prompt", "completion", "rejected") if key in example)
@@ -184,8 +183,8 @@ def test_a_thumbs_down_is_no_demonstration(tokenizer):
 
 
 def test_plain_text_is_split_after_its_first_words(tokenizer):
-    row = {"text": "I saw this  film\ntwice and slept.", "label": 0}
-    assert parse(row, tokenizer) == ("I saw this", "  film\ntwice and slept.")
+    row = {"text": "On a very rainy day I saw this  film\ntwice and slept.", "label": 0}
+    assert parse(row, tokenizer) == ("On a very rainy day I saw this", "  film\ntwice and slept.")
 
 
 @pytest.mark.parametrize(
@@ -489,7 +488,8 @@ def test_too_few_prompts_to_split(tokenizer):
 
 
 def test_demonstrations_have_no_preferences(tokenizer):
-    corpus = corpus_of([{"text": f"number {i} is a word of some length"} for i in range(20)], tokenizer, prompt_words=2)
+    texts = [f"row of this file with the number {i} is a word of some length" for i in range(20)]
+    corpus = corpus_of([{"text": text} for text in texts], tokenizer)
     assert not corpus.preferences and not corpus.eval_preferences and len(corpus.demonstrations) == 18
     assert {row["completion"] for row in corpus.demonstrations} == {" is a word of some length"}
 

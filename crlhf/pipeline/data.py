@@ -8,7 +8,7 @@ demonstrations and {prompt, chosen, rejected} for preferences. Formats are told 
     info, summaries, choice           openai/summarize_from_feedback, comparisons
     prompt, response_0, response_1    PKU-Alignment/PKU-SafeRLHF; --preferred picks the judging column
     prompt, completion | messages     demonstrations only
-    text                              plain text (imdb): first words are the prompt, the rest the completion
+    text                              plain text (imdb): 8 words are the prompt, the rest the completion
     prompt                            prompts alone, where nothing but baselines is wanted
 
 Rows that can't be used are dropped for a stated reason and counted; nothing is dropped in silence.
@@ -27,9 +27,12 @@ HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
 MOST_CHARACTERS = 1_000_000
 
-CHOSEN_REJECTED = {"chosen", "rejected"}
+PROMPT_WORDS = 8  # of a plain text
+
+PAIRS = {"chosen", "rejected"}
 COMPARISONS = {"info", "summaries", "choice"}
 TWO_RESPONSES = {"prompt", "response_0", "response_1"}
+FORMATS = (PAIRS, COMPARISONS, TWO_RESPONSES, {"prompt", "completion"}, {"messages"}, {"text"})
 
 
 class Unusable(Exception):
@@ -99,27 +102,20 @@ def prompt_and_response(prompt: str | list, response: str | list, tokenizer: Tok
 # ---------------------------------------------------------------------------------------------- the formats
 
 
-def are_preferences(columns: set[str]) -> bool:
-    return CHOSEN_REJECTED <= columns or COMPARISONS <= columns or TWO_RESPONSES <= columns
-
-
 def are_prompts_alone(columns: set[str]) -> bool:
     """Rows with a prompt and nothing that answers it: enough for baselines, not for SFT."""
-    answers = {"completion", *CHOSEN_REJECTED} & columns
-    return "prompt" in columns and not answers and not are_preferences(columns)
+    is_answered = {"completion", *PAIRS} & columns or COMPARISONS <= columns or TWO_RESPONSES <= columns
+    return "prompt" in columns and not is_answered
 
 
 def check_columns(columns: set[str], preferred: str, name: str) -> None:
     """Raise a UserError that names what is missing, if the columns are of no known format."""
-    if CHOSEN_REJECTED <= columns or COMPARISONS <= columns:
-        return
     listed = ", ".join(sorted(columns))
-    if TWO_RESPONSES <= columns:
-        if preferred in columns:
-            return
+    known = next((known for known in FORMATS if known <= columns), None)
+    if known == TWO_RESPONSES and preferred not in columns:
         problem = f"{name} has no column '{preferred}' that says which response is better"
         raise UserError(problem, f"give one of its columns to --preferred ({listed})")
-    if {"prompt", "completion"} <= columns or {"messages", "text"} & columns:
+    if known:
         return
     partners = {"chosen": "rejected", "rejected": "chosen", "prompt": "completion' or 'chosen' and 'rejected"}
     partners["completion"] = "prompt"
@@ -127,30 +123,41 @@ def check_columns(columns: set[str], preferred: str, name: str) -> None:
     raise UserError(f"{name} is missing the column '{missing}'", f"it has {listed}")
 
 
-def parse_pair(row: dict, columns: set[str], preferred: str, tokenizer: Tokenizer) -> dict[str, str]:
-    """A preference row in any known format, as {prompt, completion, rejected_prompt, rejected}."""
-    if CHOSEN_REJECTED <= columns:
-        prompt, chosen = parse_side(row, "chosen", columns, tokenizer)
-        rejected_prompt, rejected = parse_side(row, "rejected", columns, tokenizer)
-    else:
-        if COMPARISONS <= columns:
-            prompt = reddit_prompt(row["info"])
-            better = better_index(row["choice"], "choice")
-            texts = [" " + (summary["text"] or "").strip() for summary in row["summaries"]]
-        else:
-            prompt = row["prompt"] or ""
-            better = better_index(row[preferred], preferred)
-            texts = [row["response_0"] or "", row["response_1"] or ""]
-        chosen, rejected = texts[better], texts[1 - better]
-        rejected_prompt = prompt
-    return {"prompt": prompt, "completion": chosen, "rejected_prompt": rejected_prompt, "rejected": rejected}
+def answers_of(row: dict, columns: set[str], preferred: str) -> dict[str, str | list]:
+    """A row of any format as {prompt, completion} or, of preferences, {prompt, completion, rejected}.
+
+    All are texts or messages. Without a prompt the others are whole dialogues.
+    """
+    if PAIRS <= columns:
+        answers = {"completion": row["chosen"], "rejected": row["rejected"]}
+        return answers | {"prompt": row["prompt"]} if "prompt" in columns else answers
+    if COMPARISONS <= columns:
+        prompt = reddit_prompt(row["info"])
+        better = better_index(row["choice"], "choice")
+        texts = [" " + (summary["text"] or "").strip() for summary in row["summaries"]]
+        return {"prompt": prompt, "completion": texts[better], "rejected": texts[1 - better]}
+    if TWO_RESPONSES <= columns:
+        better = better_index(row[preferred], preferred)
+        texts = [row["response_0"], row["response_1"]]
+        return {"prompt": row["prompt"], "completion": texts[better], "rejected": texts[1 - better]}
+    if "completion" in columns:
+        if row.get("label") is False:  # trl-lib/kto-mix: a thumbs-down
+            raise Unusable("whose label is false")
+        return {"prompt": row["prompt"], "completion": row["completion"]}
+    if "messages" in columns:
+        return {"completion": row["messages"]}
+    if "text" in columns:
+        words = (row["text"] or "").split(" ")
+        completion = "".join(" " + word for word in words[PROMPT_WORDS:])
+        return {"prompt": " ".join(words[:PROMPT_WORDS]), "completion": completion}
+    return {"prompt": row["prompt"]}
 
 
-def parse_side(row: dict, side: str, columns: set[str], tokenizer: Tokenizer) -> tuple[str, str]:
-    """(prompt, response) of the chosen or the rejected side."""
-    response = row[side] or ""
-    if "prompt" in columns:
-        return prompt_and_response(row["prompt"] or "", response, tokenizer)
+def parse_side(answers: dict, side: str, tokenizer: Tokenizer) -> tuple[str, str]:
+    """(prompt, response) of one side, as texts."""
+    response = answers.get(side) or ""
+    if "prompt" in answers:
+        return prompt_and_response(answers["prompt"] or "", response, tokenizer)
     return split_dialogue(response, tokenizer)
 
 
@@ -173,36 +180,16 @@ def better_index(value: object, column: str) -> int:
     raise Unusable(f"whose {column} is neither 0 nor 1")
 
 
-def parse_demonstration(row: dict, columns: set[str], prompt_words: int, tokenizer: Tokenizer) -> dict[str, str]:
-    """A row without preferences, as {prompt, completion}."""
-    if "completion" in columns:
-        if row.get("label") is False:  # trl-lib/kto-mix: a thumbs-down
-            raise Unusable("whose label is false")
-        prompt, completion = prompt_and_response(row["prompt"] or "", row["completion"] or "", tokenizer)
-    elif "messages" in columns:
-        prompt, completion = split_dialogue(row["messages"] or [], tokenizer)
-    else:
-        words = (row["text"] or "").split(" ")
-        prompt = " ".join(words[:prompt_words])
-        completion = "".join(" " + word for word in words[prompt_words:])
-    return {"prompt": prompt, "completion": completion}
-
-
-def parse_prompt(row: dict, tokenizer: Tokenizer) -> dict[str, str]:
-    """A row without any answer, as {prompt}."""
-    prompt, _ = prompt_and_response(row["prompt"] or "", "", tokenizer)
-    return {"prompt": prompt}
-
-
 def parse_row(row: dict, position: str, columns: set[str], config: DataConfig, tokenizer: Tokenizer) -> dict[str, str]:
     """One row as texts: {prompt}, {prompt, completion}, or for preferences also the other side."""
     try:
-        if are_preferences(columns):
-            example = parse_pair(row, columns, config.preferred, tokenizer)
-        elif {"completion", "messages", "text"} & columns:
-            example = parse_demonstration(row, columns, config.prompt_words, tokenizer)
-        else:
-            example = parse_prompt(row, tokenizer)
+        answers = answers_of(row, columns, config.preferred)
+        prompt, completion = parse_side(answers, "completion", tokenizer)
+        example = {"prompt": prompt}
+        if "completion" in answers:
+            example["completion"] = completion
+        if "rejected" in answers:
+            example["rejected_prompt"], example["rejected"] = parse_side(answers, "rejected", tokenizer)
     except KeyError as error:
         raise UserError(position, f"the column {error} is missing") from None
     except (TypeError, AttributeError, IndexError) as error:
