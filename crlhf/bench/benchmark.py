@@ -337,7 +337,7 @@ def machine(device: torch.device) -> str:
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="python -m crlhf benchmark", allow_abbrev=False, description=__doc__.splitlines()[0])
     add_options(parser, BenchmarkConfig)
-    settings = read_settings(BenchmarkConfig, vars(parser.parse_args(arguments)))
+    settings = read_settings(BenchmarkConfig, parser.read(arguments))
     device = pick_device(settings.device, is_tiny=False)
     if settings.threads:
         torch.set_num_threads(settings.threads)

@@ -80,7 +80,7 @@ def read_export_arguments(arguments: list[str]) -> tuple[Path, ExportConfig]:
     parser = Parser(prog="python -m crlhf export", allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", help="folder of a run whose baselines are finished")
     add_options(parser, ExportConfig)
-    values = vars(parser.parse_args(arguments))
+    values = parser.read(arguments)
     run = Path(values.pop("run"))
     missing = [f"--{name}" for name in ("to", "out") if name not in values]
     if missing:

@@ -12,7 +12,7 @@ from ..engine.files import write_atomic
 from ..pipeline import folder as runs
 from ..pipeline.options import Parser, add_options, read_settings
 from ..pipeline.output import show
-from ..pipeline.reading import read_rows
+from ..pipeline.reading import JSON_SUFFIXES, read_rows
 from ..pipeline.tables import write_csv
 from .comparison import check_folder, read_comparison, write_comparison, write_rubric
 from .endpoint import Endpoint, ask_missing, is_address, read_answers, without_secrets
@@ -94,10 +94,7 @@ def read_arguments(arguments: list[str]) -> tuple[Path | None, list[str], JudgeC
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run")
     add_options(parser, JudgeConfig)
     parser.add_argument("--collect", nargs="+", metavar="FILE", default=[], help="what raters sent back")
-    for argument in arguments:
-        if argument != argument.encode("utf-8", "replace").decode():
-            raise UserError(f"the argument {argument!a} is not valid UTF-8", "use other names")
-    values = vars(parser.parse_args(arguments))
+    values = parser.read(arguments)
     run = values.pop("run", None)
     files = values.pop("collect")
     config = read_settings(JudgeConfig, values)
@@ -112,7 +109,7 @@ def read_arguments(arguments: list[str]) -> tuple[Path | None, list[str], JudgeC
 
 def read_side(run: Path | None, name: str, side: str) -> list[dict]:
     """Rows {prompt, response, ...} of a method of the run, or of a file."""
-    if run is None or name.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
+    if run is None or name.endswith(JSON_SUFFIXES):
         path = Path(name)
     else:
         path = run / "evaluation" / f"{name}.jsonl"

@@ -25,16 +25,20 @@ SHORT_NAMES = {"model-name": "model", "reward-source": "reward", "eval-judge": "
 class Parser(argparse.ArgumentParser):
     """argparse, with one clear line instead of the usage page on a mistake."""
 
+    def read(self, arguments: list[str]) -> dict[str, Any]:
+        """The values that the arguments give, by name."""
+        for argument in arguments:
+            if argument != argument.encode("utf-8", "replace").decode():
+                raise UserError(f"the argument {argument!a} is not valid UTF-8", "use other names")
+        return vars(self.parse_args(arguments))
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (python -m crlhf --help lists all options)")
 
 
 def parse_command_line(arguments: list[str]) -> tuple[str, bool, Config]:
     """Command line -> (stage, redo, Config)."""
-    for argument in arguments:
-        if any(0xD800 <= ord(character) < 0xE000 for character in argument):
-            raise UserError(f"the argument {argument!a} is not valid UTF-8", "use other names")
-    values = vars(run_parser().parse_args(arguments))
+    values = run_parser().read(arguments)
     stage, redo = values.pop("stage"), values.pop("redo")
     config = Config.for_model(values.get("model.name", ModelConfig.name))
     for name, value in values.items():
