@@ -429,7 +429,7 @@ def test_messages_without_text_are_dropped(content, tokenizer):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({**SAFE, "prompt": 3}, "row 1: 3 is neither a text nor a list of messages"),
+        ({**SAFE, "prompt": 3}, "row 1: a value is neither a text nor a list of messages"),
         ({"prompt": 3, "completion": "x"}, "row 1: a value is neither a text nor a list of messages"),
         ({"prompt": "x", "completion": 3.5}, "row 1: a value is neither a text nor a list of messages"),
         ({"messages": [{"from": "human", "value": "x"}]}, "row 1: the column 'content' is missing"),
