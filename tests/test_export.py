@@ -301,8 +301,8 @@ def test_what_an_export_was_made_from_is_recorded_and_checked(runs, tmp_path, ca
     shutil.copytree(runs / "trained", run)  # a run may have moved
     assert main(["export", str(run), "--to", "trl", "--out", str(tmp_path / "out")]) == 0
     made_from = json.loads((tmp_path / "out" / "stage.json").read_text())["settings"]["run"]
-    assert made_from["data"]["name"] == "tiny" and made_from["reward"]["source"] == "train"
-    assert made_from["baselines"]["k"] == 4 and made_from["baselines"]["temperature"] == 1.0
+    assert made_from["data"]["model.name"] == "tiny" and made_from["reward"]["reward.source"] == "train"
+    assert made_from["baselines"]["baselines.k"] == 4 and made_from["baselines"]["baselines.temperature"] == 1.0
     config = json.loads((run / "config.json").read_text())
     config["baselines"]["temperature"] = 0.5
     (run / "config.json").write_text(json.dumps(config))
@@ -334,7 +334,8 @@ def test_baselines_of_prompts_alone_need_neither_sft_nor_ppo(tmp_path, capsys, c
     weights = [(folder / "model.safetensors").read_bytes() for folder in (model, out / "sft")]
     assert weights[0] == weights[1]  # the model as it came
     settings = json.loads((out / "baselines" / "stage.json").read_text())["settings"]
-    assert (settings["k"], settings["temperature"], settings["prompts"]) == (3, 0.7, "all")
+    made_with = [settings[f"baselines.{knob}"] for knob in ("k", "temperature", "prompts")]
+    assert made_with == [3, 0.7, "all"]
     assert main(command) == 0 and "baselines: done before, reused" in capsys.readouterr().out
     assert main([*command, "--baselines-temperature", "0.8"]) == 2
     assert "baselines.temperature was 0.7, is 0.8" in capsys.readouterr().err

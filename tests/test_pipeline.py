@@ -339,7 +339,7 @@ def test_what_has_changed_is_said_of_the_stage_that_was_made_otherwise(tmp_path,
     for name in ("baselines", "ppo", "adaptive"):  # as if they had been made before there was this setting
         stage = tmp_path / "run" / name / "stage.json"
         older = json.loads(stage.read_text())
-        del older["settings"]["prompt_bias"]
+        del older["settings"]["world.prompt_bias"]
         stage.write_text(json.dumps(older))
     assert "(the project itself has changed): add --redo to redo baselines, ppo" in refused("ppo", *slower)
 

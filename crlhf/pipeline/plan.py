@@ -62,8 +62,7 @@ class Stage:
 
     build: Callable
     needs: tuple[str, ...]
-    knobs: dict[str, Any]  # 'ppo.lr' -> 0.001: the settings that redo it, by their full names
-    settings: dict  # what stage.json keeps: the same by their short names, and stamps of the files
+    settings: dict[str, Any]  # 'ppo.lr' -> 0.001: what redoes it, and stage.json keeps; stamps of files as 'files'
     fingerprint: str
 
 
@@ -73,15 +72,14 @@ def make_plan(config: Config) -> dict[str, Stage]:
     for name in stage_names(config):
         row = TABLE[name]
         needs = tuple(need for need in needs_of(name, config) if need in plan)
-        knobs = knob_values(config, f"run.seed run.precision {row.settings}")
+        settings = knob_values(config, f"run.seed run.precision {row.settings}")
         if name == "baselines":
-            knobs |= prompts_served(config)
-        settings = short_names(knobs)
+            settings |= prompts_served(config)
         if row.files:
             named = knob_values(config, row.files).values()
             settings["files"] = [stamp for value in named for stamp in file_stamps(value)]
         stamp = fingerprint([name, settings, [plan[need].fingerprint for need in needs]])
-        plan[name] = Stage(row.build, needs, knobs, settings, stamp)
+        plan[name] = Stage(row.build, needs, settings, stamp)
     return plan
 
 
@@ -131,18 +129,6 @@ def prompts_served(config: Config) -> dict[str, int]:
         return {}
     prompts = config.ppo.batch_size // config.ppo.group_size
     return {"baselines.prompts": prompts, "ppo.iterations": stages.offline_iterations(config)}
-
-
-def short_names(knobs: dict[str, Any]) -> dict[str, Any]:
-    """'lr' -> 0.001; those of contrastive rewards in a dict of their own."""
-    settings = {}
-    for name, value in knobs.items():
-        group, _, knob = name.partition(".")
-        if group == "contrastive":
-            settings.setdefault(group, {})[knob] = value
-        else:
-            settings[knob] = value
-    return settings
 
 
 def file_stamps(name: str) -> list[list]:

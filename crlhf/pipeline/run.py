@@ -99,15 +99,13 @@ def reasons(plan: dict[str, Stage], stale: dict[str, dict]) -> list[str]:
 
 def differences(stage: Stage, old_settings: dict) -> list[str]:
     """Settings and files of a stage that aren't what they were."""
-    old_values = old_settings | old_settings.get("contrastive", {})
     told = []
-    for name, value in stage.knobs.items():
-        old_value = old_values.get(name.partition(".")[2], value)
-        if old_value != value:
+    for name, value in stage.settings.items():
+        old_value = old_settings.get(name, value)
+        if name == "files":
+            told += [f"{file[0]} has changed" for file in value if old_value and file not in old_value]
+        elif old_value != value:
             told.append(f"{name.removeprefix('run.')} was {old_value}, is {value}")
-    old_files = old_settings.get("files")
-    if old_files:
-        told += [f"{file[0]} has changed" for file in stage.settings.get("files", []) if file not in old_files]
     return told
 
 
