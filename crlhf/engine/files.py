@@ -69,6 +69,15 @@ def read_json(path: str | Path) -> dict:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def json_object(path: str | Path) -> dict:
+    """The object in a JSON file; {} where there is no such file, or something else in it."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def read_jsonl(path: str | Path) -> list[dict]:
     """Rows of a file that a stage wrote. If someone took it away, its stage has to be done again."""
     try:

@@ -10,7 +10,7 @@ import secrets
 from pathlib import Path
 
 from ..config import JudgeConfig, UserError
-from ..engine.files import json_lines, read_json, write_atomic, write_json
+from ..engine.files import json_lines, json_object, write_atomic, write_json
 from ..pipeline.reading import read_json_rows
 from .pairs import RUBRIC, make_pairs
 from .people import comparison_of
@@ -45,12 +45,7 @@ def is_half_written(path: Path) -> bool:
 
 def read_key(out: Path) -> dict:
     """{of, against, seed, pairs, ...} of the folder's key.json, or {} if there is none of ours."""
-    try:
-        key = read_json(out / "key.json")
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(key, dict):
-        return {}
+    key = json_object(out / "key.json")
     is_ours = all(isinstance(key.get(name), kind) for name, kind in KEY_FIELDS.items())
     return key if is_ours else {}
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..config import UserError
-from ..engine.files import read_json, write_json
+from ..engine.files import json_object, write_json
 
 # What a stage that was stopped may have left, besides the tokenizer's own kinds.
 UNFINISHED = (".json", ".jsonl", ".safetensors", ".pt", ".tmp", ".jinja", ".model", ".txt")
@@ -50,10 +50,7 @@ def require_folder(path: Path) -> None:
 
 def is_run(out: Path) -> bool:
     """Does the folder hold a run of ours? Model folders have a config.json too, and must not be overwritten."""
-    try:
-        return {"run", "data", "ppo"} <= set(read_json(out / "config.json"))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
+    return {"run", "data", "ppo"} <= set(json_object(out / "config.json"))
 
 
 @contextmanager
@@ -113,11 +110,8 @@ def finish(part: Path, final: Path) -> None:
 
 def built_with(folder: Path) -> dict:
     """{'fingerprint', 'settings', 'wrote'} of a stage folder, or {} if it isn't one."""
-    try:
-        built = read_json(folder / "stage.json")
-        return built if isinstance(built, dict) and "fingerprint" in built else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
+    built = json_object(folder / "stage.json")
+    return built if "fingerprint" in built else {}
 
 
 def seal(folder: Path) -> None:
