@@ -237,18 +237,28 @@ def build_corpus(
     """
     config = replace(config, preferred=config.preferred or "better_response_id")
     examples, notes = read_examples(rows, name, tokenizer, config, prompts_suffice)
-    if not held_out_rows:
-        return split_corpus(examples, config.eval_fraction, seed, name, notes)
-    held_out, more_notes = read_examples(held_out_rows, config.eval_dataset, tokenizer, config, prompts_suffice)
-    eval_prompts = shuffled_prompts(held_out, seed)
-    is_held_out = set(eval_prompts)
-    kept = [example for example in examples if example["prompt"] not in is_held_out]
-    if len(kept) < len(examples):
-        notes.append(f"{name}: {len(examples) - len(kept)} rows dropped whose prompt is in {config.eval_dataset}")
-    train_prompts = shuffled_prompts(kept, seed)
+    if held_out_rows:
+        held_out, more_notes = read_examples(held_out_rows, config.eval_dataset, tokenizer, config, prompts_suffice)
+        eval_prompts = shuffled_prompts(held_out, seed)
+        is_held_out = set(eval_prompts)
+        kept = [example for example in examples if example["prompt"] not in is_held_out]
+        if len(kept) < len(examples):
+            notes.append(f"{name}: {len(examples) - len(kept)} rows dropped whose prompt is in {config.eval_dataset}")
+        examples = kept + held_out
+        notes += more_notes
+        train_prompts = shuffled_prompts(kept, seed)
+        too_few = f"{name} has only {len(train_prompts)} usable prompts that are not in {config.eval_dataset}"
+    else:
+        prompts = shuffled_prompts(examples, seed)
+        n_eval = max(1, round(config.eval_fraction * len(prompts)))
+        eval_prompts = prompts[:n_eval]
+        train_prompts = prompts[n_eval:]
+        too_few = f"{name} has only {len(prompts)} usable prompts: that is too few to train on and hold some out"
     if len(train_prompts) < 2:
-        raise UserError(f"{name} has only {len(train_prompts)} usable prompts that are not in {config.eval_dataset}")
-    return fill_corpus(kept + held_out, train_prompts, eval_prompts, notes + more_notes)
+        raise UserError(too_few)
+    corpus = Corpus(train_prompts, eval_prompts, notes=notes)
+    add_rows(corpus, examples)
+    return corpus
 
 
 def read_examples(
@@ -295,19 +305,9 @@ def shuffled_prompts(examples: list[dict], seed: int) -> list[str]:
     return [unique[i] for i in shuffled(len(unique), seed, "split")]
 
 
-def split_corpus(examples: list[dict], eval_fraction: float, seed: int, name: str, notes: list[str]) -> Corpus:
-    """Hold out a share of the unique prompts, and every row that has one of them."""
-    prompts = shuffled_prompts(examples, seed)
-    n_eval = max(1, round(eval_fraction * len(prompts)))
-    if len(prompts) - n_eval < 2:
-        problem = f"{name} has only {len(prompts)} usable prompts"
-        raise UserError(problem, "that is too few to train on and hold some out")
-    return fill_corpus(examples, prompts[n_eval:], prompts[:n_eval], notes)
-
-
-def fill_corpus(examples: list[dict], train_prompts: list[str], eval_prompts: list[str], notes: list[str]) -> Corpus:
-    corpus = Corpus(train_prompts, eval_prompts, notes=notes)
-    is_held_out = set(eval_prompts)
+def add_rows(corpus: Corpus, examples: list[dict]) -> None:
+    """Demonstrations from the training prompts, and preferences for both kinds."""
+    is_held_out = set(corpus.eval_prompts)
     for example in examples:
         prompt = example["prompt"]
         if "completion" in example and prompt not in is_held_out:
@@ -315,4 +315,3 @@ def fill_corpus(examples: list[dict], train_prompts: list[str], eval_prompts: li
         if "rejected" in example:
             pairs = corpus.eval_preferences if prompt in is_held_out else corpus.preferences
             pairs.append({"prompt": prompt, "chosen": example["completion"], "rejected": example["rejected"]})
-    return corpus
