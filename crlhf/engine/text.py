@@ -46,12 +46,8 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(
-            prompt_ids=self.prompt_ids.to(device),
-            prompt_mask=self.prompt_mask.to(device),
-            response_ids=self.response_ids.to(device),
-            response_mask=self.response_mask.to(device),
-        )
+        moved = {name: tensor.to(device) for name, tensor in vars(self).items()}
+        return Batch(**moved)
 
     def ids_and_mask(self) -> tuple[Tensor, Tensor]:
         """Prompt and response side by side: (B, P + T) ids and bool mask."""
@@ -108,25 +104,23 @@ def make_batch(tokenizer: Tokenizer, prompts: list[str], responses: list[str], m
 
 def join(batches: Sequence[Batch], pad_id: int) -> Batch:
     """Batches one below the other, as wide as the widest of them."""
-    P = max(batch.prompt_ids.shape[1] for batch in batches)
-    T = max(batch.response_ids.shape[1] for batch in batches)
-    widened = []
-    for batch in batches:
-        left = (P - batch.prompt_ids.shape[1], 0)
-        right = (0, T - batch.response_ids.shape[1])
-        wide = Batch(
-            prompt_ids=F.pad(batch.prompt_ids, left, value=pad_id),
-            prompt_mask=F.pad(batch.prompt_mask, left),
-            response_ids=F.pad(batch.response_ids, right, value=pad_id),
-            response_mask=F.pad(batch.response_mask, right),
-        )
-        widened.append(wide)
     return Batch(
-        prompt_ids=torch.cat([wide.prompt_ids for wide in widened]),
-        prompt_mask=torch.cat([wide.prompt_mask for wide in widened]),
-        response_ids=torch.cat([wide.response_ids for wide in widened]),
-        response_mask=torch.cat([wide.response_mask for wide in widened]),
+        prompt_ids=stack([batch.prompt_ids for batch in batches], "left", pad_id),
+        prompt_mask=stack([batch.prompt_mask for batch in batches], "left", False),
+        response_ids=stack([batch.response_ids for batch in batches], "right", pad_id),
+        response_mask=stack([batch.response_mask for batch in batches], "right", False),
     )
+
+
+def stack(tables: list[Tensor], side: str, fill: int) -> Tensor:
+    """Tables of (B, L) each, padded on one side to the longest L, one below the other."""
+    longest = max(table.shape[1] for table in tables)
+    widened = []
+    for table in tables:
+        missing = longest - table.shape[1]
+        amounts = (missing, 0) if side == "left" else (0, missing)
+        widened.append(F.pad(table, amounts, value=fill))
+    return torch.cat(widened)
 
 
 def decode(tokenizer: Tokenizer, response_ids: Tensor, response_mask: Tensor) -> list[str]:
