@@ -33,6 +33,14 @@ def sequence_log_probs(model: Model, batch: Batch) -> Tensor:
     return log_probs.sum(1)
 
 
+def pair_loss(policy: Model, ref_policy: Model, batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
+    """The loss of a batch that holds all chosen responses and then all rejected ones, and the (B,) margins."""
+    with torch.no_grad():
+        ref_chosen, ref_rejected = sequence_log_probs(ref_policy, batch).chunk(2)
+    chosen, rejected = sequence_log_probs(policy, batch).chunk(2)
+    return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+
+
 def train_dpo(
     policy: Model, ref_policy: Model, tokenizer: Tokenizer, preferences: list[dict], config: DPOConfig, job: Job
 ) -> list[dict]:
@@ -43,10 +51,7 @@ def train_dpo(
         responses = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
         batch = make_batch(tokenizer, prompts * 2, responses, job.max_response_tokens)
         batch = batch.to(policy.device)
-        with torch.no_grad():
-            ref_chosen, ref_rejected = sequence_log_probs(ref_policy, batch).chunk(2)
-        chosen, rejected = sequence_log_probs(policy, batch).chunk(2)
-        loss, margins = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta)
+        loss, margins = pair_loss(policy, ref_policy, batch, config.beta)
         n_pairs = torch.ones_like(margins).sum()
         return {"loss": loss * n_pairs, "count": n_pairs, "accuracy": (margins > 0).sum(), "margin": margins.sum()}
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from ..config import Config
-from ..dpo import dpo_loss, sequence_log_probs
+from ..dpo import pair_loss
 from ..engine.forward import Cache, Model, compute_in, recompute_activations, sampling, sequence_logits
 from ..engine.models import pick_device, pick_precision, read_model_config
 from ..engine.peak import peak_bytes, start_peak
@@ -183,14 +183,7 @@ def dpo_stage(shape: Shape) -> None:
     policy = language_model(shape)
     ref_policy = language_model(shape).requires_grad_(False)
     batch = full_batch(2 * shape.one_pass.rows, shape)
-
-    def loss() -> Tensor:
-        with torch.no_grad():
-            ref_chosen, ref_rejected = sequence_log_probs(ref_policy, batch).chunk(2)
-        chosen, rejected = sequence_log_probs(policy, batch).chunk(2)
-        return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.1)[0]
-
-    one_step(loss, [adamw(policy)], shape.one_pass.passes)
+    one_step(lambda: pair_loss(policy, ref_policy, batch, 0.1)[0], [adamw(policy)], shape.one_pass.passes)
 
 
 def ppo_stage(shape: Shape) -> None:
