@@ -29,7 +29,7 @@ from ..config import BaselineConfig, BenchmarkConfig, PPOConfig, UserError
 from ..engine.checkpoint import Job
 from ..engine.files import stream
 from ..engine.forward import Model, autocast, compute_in
-from ..engine.models import frozen_copy, pick_device, pick_precision, save, scalar_model, tiny_model
+from ..engine.models import frozen_copy, pick_device, pick_precision, random_scalar_model, tiny_model
 from ..engine.peak import peak_bytes, start_peak
 from ..engine.text import Tokenizer, pad_prompts
 from ..engine.tokenizers import wrap
@@ -73,30 +73,26 @@ class Setup:
         self.work = work
         self.device = device
         self.tokenizer = numbered_words(work.vocab)
-        policy = self.ready(self.new_policy())
-        with tempfile.TemporaryDirectory() as folder:
-            save(folder, policy, self.tokenizer)
-            reward_model = self.ready(scalar_model(folder, self.tokenizer.pad_token_id))
-            value_model = self.ready(scalar_model(folder, self.tokenizer.pad_token_id))
-        reward_model.score.reset_parameters()
-        if critic == "shared":
-            value_model = torch.nn.Linear(work.width, 1).to(device)
-        self.models = Models(policy, frozen_copy(policy), value_model, self.tokenizer)
-        self.reward = ModelReward(frozen_copy(reward_model), self.tokenizer, work.response)
-        ids = torch.randint(work.vocab, (work.batch, work.prompt), generator=stream(0, "prompts"))
-        self.prompts = [self.tokenizer.decode(row) for row in ids]
-
-    def new_policy(self) -> Model:
-        return tiny_model(
-            self.work.vocab,
+        policy = tiny_model(
+            work.vocab,
             self.tokenizer.eos_token_id,
             self.tokenizer.pad_token_id,
-            context=self.work.prompt + self.work.response,
-            layers=self.work.layers,
-            width=self.work.width,
-            heads=self.work.heads,
+            context=work.prompt + work.response,
+            layers=work.layers,
+            width=work.width,
+            heads=work.heads,
             seed=0,
         )
+        policy = self.ready(policy)
+        if critic == "shared":
+            value_model = torch.nn.Linear(work.width, 1).to(device)
+        else:
+            value_model = self.ready(random_scalar_model(policy.config))
+        self.models = Models(policy, frozen_copy(policy), value_model, self.tokenizer)
+        reward_model = self.ready(random_scalar_model(policy.config))
+        self.reward = ModelReward(reward_model.requires_grad_(False), self.tokenizer, work.response)
+        ids = torch.randint(work.vocab, (work.batch, work.prompt), generator=stream(0, "prompts"))
+        self.prompts = [self.tokenizer.decode(row) for row in ids]
 
     def ready(self, model: Model) -> Model:
         return compute_in(model.to(self.device), self.work.dtype)

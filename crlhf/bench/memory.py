@@ -6,7 +6,6 @@ AdamW's two moments, and what the backward pass keeps. All rows have full length
 What the libraries hold beside tensors (a CUDA context: about half a gigabyte) is not in it.
 """
 
-import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -17,19 +16,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GPT2Config,
-    LlamaConfig,
-    PretrainedConfig,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from ..config import Config
 from ..dpo import pair_loss
 from ..engine.forward import Cache, Model, compute_in, recompute_activations, sampling, sequence_logits
-from ..engine.models import pick_device, pick_precision, read_model_config
+from ..engine.models import pick_device, pick_precision, random_scalar_model, read_model_config
 from ..engine.peak import peak_bytes, start_peak
 from ..engine.text import Batch
 from ..engine.training import adamw, gradient_step
@@ -124,10 +116,7 @@ def language_model(shape: Shape) -> Model:
 
 def scored_model(shape: Shape) -> Model:
     """One with a scalar head: a reward model, or a critic."""
-    config = copy.deepcopy(shape.model)
-    config.num_labels = 1
-    model = AutoModelForSequenceClassification.from_config(config)
-    return compute_in(model.eval(), shape.dtype)
+    return compute_in(random_scalar_model(shape.model), shape.dtype)
 
 
 def full_batch(rows: int, shape: Shape) -> Batch:

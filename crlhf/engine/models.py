@@ -163,6 +163,13 @@ def scalar_model(folder: str, pad_id: int, zero_head: bool = True) -> Model:
     return model
 
 
+def random_scalar_model(config: PretrainedConfig) -> Model:
+    """A model of this shape from random weights, under a scalar head."""
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
 def frozen_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
