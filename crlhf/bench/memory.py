@@ -314,15 +314,13 @@ def print_models(bytes_of: Callable, how: str) -> None:
     for name, model in published_shapes().items():
         config = Config.for_model(name)
         config.run.methods = "ppo,dpo"
-        sizes = {}
-        for stage, call in stages_of(config, model, torch.bfloat16).items():
-            sizes[stage] = bytes_of(*call)
-        stage, shape = stages_of(config, model, torch.bfloat16)["ppo"]
+        calls = stages_of(config, model, torch.bfloat16)  # they read the config again at every call
+        sizes = {stage: bytes_of(*call) for stage, call in calls.items()}
         config.ppo.critic = "shared"
-        sizes["shared"] = bytes_of(stage, shape)
+        sizes["shared"] = bytes_of(*calls["ppo"])
         config.ppo.critic = "reward_model"
         config.ppo.recompute_activations = True
-        sizes["recomputing"] = bytes_of(stage, shape)
+        sizes["recomputing"] = bytes_of(*calls["ppo"])
         cells = [name, f"{count_parameters(model) / 1e6:.0f}M"]
         for column in ("sft", "reward", "baselines", "ppo", "shared", "recomputing", "dpo"):
             cells.append(f"{sizes[column] / GB:.1f} GB")
