@@ -29,19 +29,17 @@ def main(arguments: list[str]) -> None:
     run, files, config = read_arguments(arguments)
     out = Path(config.out or run / "judge" / f"{Path(config.of).stem}-against-{Path(config.against).stem}")
     if files:
-        read_comparison(out)
+        pairs, key = read_comparison(out)
+        config.of = key["of"]
+        config.against = key["against"]
+        config.seed = key["seed"]
     else:
         rows = read_side(run, config.of, "of")
         other_rows = read_side(run, config.against, "against")
     check_folder(out)
     rubric = read_rubric(config)
     with runs.lock(out):
-        if files:
-            pairs, key = read_comparison(out)
-            config.of = key["of"]
-            config.against = key["against"]
-            config.seed = key["seed"]
-        else:
+        if not files:
             pairs, key = write_comparison(rows, other_rows, config, out)
         answers_of = collect_answers(files, pairs)
         show(f"{len(pairs)} blind pairs in {out / 'pairs.jsonl'}, their key in {out / 'key.json'}")

@@ -57,9 +57,16 @@ def rater_rows(rater: str, answers: dict, facts: dict) -> list[dict]:
     rows = []
     for pair_id, verdict in answers.items():
         fact = facts[pair_id]
-        row = {"judge": rater, "id": pair_id, "score": score_of(verdict, fact["of_is_a"]), "flipped": None}
-        row |= {"firsts": int(verdict == FIRST), "choices": int(verdict != TIE)}
-        rows.append(row | fact)
+        row = {
+            "judge": rater,
+            "id": pair_id,
+            "score": score_of(verdict, fact["of_is_a"]),
+            "flipped": None,
+            "firsts": int(verdict == FIRST),
+            "choices": int(verdict != TIE),
+            **fact,
+        }
+        rows.append(row)
     return rows
 
 
