@@ -22,7 +22,12 @@ from .policy import generate
 
 
 def sample_baselines(
-    policy: Model, tokenizer: Tokenizer, reward: Reward, prompts: list[str], config: BaselineConfig, job: Job
+    policy: Model,
+    tokenizer: Tokenizer,
+    reward: Reward,
+    prompts: list[str],
+    config: BaselineConfig,
+    job: Job,
 ) -> list[dict]:
     """k scored responses for each of N prompts, as rows {prompt, responses, ended, rewards}, in order.
 

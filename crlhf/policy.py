@@ -64,7 +64,12 @@ def response_values(critic: Model, batch: Batch) -> Tensor:
 # ------------------------------------------------------------------------------------------------ sampling
 
 
-def next_token(logits: Tensor, noise: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+def next_token(
+    logits: Tensor,
+    noise: Tensor,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> Tensor:
     """Draw one token a row by a race: (B, V) logits, (B, V) exponential noise, -log of uniforms -> (B,) ids.
 
     Token v arrives after E_v / p_v, and the first one wins, which is v with probability p_v: the Gumbel-max trick,
@@ -135,7 +140,13 @@ def sample(
     return batch
 
 
-def unwritten_batch(prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int, pad_id: int, k: int) -> Batch:
+def unwritten_batch(
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    max_new_tokens: int,
+    pad_id: int,
+    k: int,
+) -> Batch:
     """A batch of k responses to each prompt, of which no token is written yet."""
     N = len(prompt_ids) * k
     response_ids = torch.full((N, max_new_tokens), pad_id, device=prompt_ids.device)

@@ -53,7 +53,11 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: str = "k1",
 
 
 def token_rewards(
-    rewards: Tensor, log_probs: Tensor, ref_log_probs: Tensor, response_mask: Tensor, kl_coef: float
+    rewards: Tensor,
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    response_mask: Tensor,
+    kl_coef: float,
 ) -> Tensor:
     """R_t: the KL penalty at every response token, the sequence reward (B,) on the last one. -> (B, T)
 
@@ -65,7 +69,13 @@ def token_rewards(
     return kl_penalty.scatter_add(1, last_token, rewards[:, None])
 
 
-def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016): (B, T) each -> advantages, returns (B, T).
 
     V = 0 after the last token: the episode is over. returns = A + V are the critic's targets, formed here,
@@ -104,7 +114,11 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def policy_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_range: float,
 ) -> tuple[Tensor, Tensor]:
     """Clipped surrogate, summed over the mask -> (loss sum, number of clipped tokens).
 
@@ -119,7 +133,13 @@ def policy_loss(
     return loss, n_clipped
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float) -> Tensor:
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip_range: float,
+) -> Tensor:
     """Clipped squared error of the critic, summed over the mask -> scalar. The factor 1/2 is inside."""
     clipped_values = old_values + (values - old_values).clamp(-clip_range, clip_range)
     squared_error = (values - returns) ** 2
@@ -207,7 +227,12 @@ def sample_responses(
         name = f"{iteration}/{first}" if first else iteration
         generator = stream(job.seed, "ppo rollout", name, device=models.policy.device)
         texts, has_ended, batch = generate(
-            models.policy, models.tokenizer, chunk, job.max_response_tokens, config.temperature, generator=generator
+            models.policy,
+            models.tokenizer,
+            chunk,
+            job.max_response_tokens,
+            config.temperature,
+            generator=generator,
         )
         responses += texts
         ended.append(has_ended)
@@ -216,7 +241,10 @@ def sample_responses(
 
 
 def split_into_minibatches(
-    batch: Batch, n_minibatches: int, micro_batch_size: int, generator: torch.Generator
+    batch: Batch,
+    n_minibatches: int,
+    micro_batch_size: int,
+    generator: torch.Generator,
 ) -> list[list[MicroBatch]]:
     """Random minibatches of a rollout, each in micro-batches of so many rows (0: in one), short rows first."""
     device = batch.response_ids.device

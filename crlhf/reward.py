@@ -34,7 +34,11 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, center_coef: float = 0.
 
 
 def score_texts(
-    model: Model, tokenizer: Tokenizer, prompts: list[str], responses: list[str], max_response_tokens: int
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    responses: list[str],
+    max_response_tokens: int,
 ) -> Tensor:
     """Logits of a sequence classifier on prompt + response, read at the last token: (B, labels).
 
