@@ -133,6 +133,7 @@ def test_running_state_survives_a_checkpoint(tmp_path, source, refresh):
     if refresh:  # baselines that are no longer those of the start
         one.baselines["a"] = torch.tensor([2.0])
     job = Job("adaptive", tmp_path)
+    (tmp_path / "metrics.jsonl").touch()  # which every step of a loop adds to
     Checkpoint(job, contrastive=one).save(7)
     assert Checkpoint(job, contrastive=two).resume() == 7
     rewards = torch.tensor([2.0, -1.0])
