@@ -13,7 +13,6 @@ see a difference of 0.02 in nine cases of ten. None were added after a look. Int
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +20,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from crlhf.engine.files import read_json, read_jsonl, write_json, write_jsonl
-from crlhf.evaluate import column, compare
+from crlhf.evaluate import column
 from crlhf.pipeline.plan import make_plan
 from crlhf.pipeline.plots import save_figure
 from crlhf.pipeline.run import run_to
 from crlhf.pipeline.tables import write_csv
-from crlhf.reviews import EXPLOIT, difficulty_name
+from crlhf.reviews import EXPLOIT
 
 from .bases import NOISE, Seeds, base_name, prepare_bases, take_over
 from .runs import changed, configured, held_out_rows, run_jobs, silent_pipeline
@@ -119,42 +118,32 @@ def is_done(out: Path, seed: int, variant: Variant) -> bool:
 
 def run_one(out: Path, base: Path, seed: int, method: str, settings: dict) -> None:
     """In a process of its own: train one variant on its base, then measure it."""
-    started = time.monotonic()
     take_over(base, out)
     pipeline = silent_pipeline(configured(out, seed, method, settings))
     run_to(pipeline, method, redo=True)
     rows = held_out_rows(pipeline, method)
     write_jsonl(out / "held_out.jsonl", rows)
-    result = {"fingerprint": make_plan(pipeline.config)[method].fingerprint, "seconds": time.monotonic() - started}
-    result |= summary(rows, read_jsonl(base / "held_out.jsonl"))
+    result = {"fingerprint": make_plan(pipeline.config)[method].fingerprint}
+    result |= summary(rows)
     result |= course(out / method, pipeline.config.ppo.critic_warmup)
     write_json(out / "result.json", result)
 
 
-def summary(rows: Rows, sft_rows: Rows) -> dict[str, float]:
-    """Means of a run over the held-out prompts; win, tie and loss against the SFT policy on the same prompts."""
-    result = {name: column(rows, name).mean().item() for name in ("gold", "reward", "kl", "ended")}
-    for name in ("easy", "medium", "hard"):
-        group = [row["gold"] for row in rows if difficulty_name(row["prompt"]) == name]
-        result[name] = sum(group) / len(group) if group else math.nan
-    shares = compare(column(rows, "gold"), column(sft_rows, "gold"))
-    result |= {name: shares[name] for name in ("win", "tie", "loss")}
+def summary(rows: Rows) -> dict[str, float]:
+    """Means of a run over the held-out prompts."""
+    result = {name: column(rows, name).mean().item() for name in ("gold", "reward", "kl")}
     return result | {"exploit": sum(EXPLOIT in row["response"] for row in rows) / len(rows)}
 
 
 def course(stage: Path, skip: int = 0) -> dict[str, float]:
     """What a PPO run was like on its way: true reward over all iterations but the first `skip`, in which the policy
-    stood still; how much the critic foresaw; what contrast did to the variance."""
+    stood still; how much the critic foresaw; the share of the baseline that was subtracted."""
     steps = [row for row in read_jsonl(stage / "metrics.jsonl") if "explained_variance" in row][skip:]
-    result = {
+    return {
         "mean_gold": mean_of(steps, "gold"),
         "explained": mean_of(steps[20:], "explained_variance"),
         "coefficient": mean_of(steps, "coefficient"),
-        "variance": mean_of(steps, "reward_variance"),
     }
-    for name, part in (("start", steps[:3]), ("end", steps[-10:])):
-        result[f"ratio_{name}"] = mean_of(part, "contrastive_variance") / mean_of(part, "reward_variance")
-    return result
 
 
 def mean_of(steps: Rows, key: str) -> float:

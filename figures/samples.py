@@ -47,11 +47,9 @@ def samples_report(figures: Path) -> str:
     lines = []
     for k in KS:
         setting = f"sd 0, k = {k}"
-        ratio = interval(rows, setting, "adaptive", "ratio_start")[0]
-        coefficient = interval(rows, setting, "adaptive", "coefficient")[0]
         seconds = interval(rows, setting, "contrastive", "baseline_seconds")[0]
-        lines.append([str(k), f"{ratio:.2f}", f"{coefficient:.2f}", f"{seconds:.1f}"])
-    head = ["k", "adaptive: Var(r - c b) / Var(r) at the start", "its coefficient", "seconds of sampling"]
+        lines.append([str(k), f"{seconds:.1f}"])
+    head = ["k", "seconds of sampling"]
     heading = "constant, samples"
     parts = [results_table(rows, heading), endpoints_report(rows, ("contrastive", "adaptive"), heading)]
     return "\n\n".join([*parts, f"Without a constant:\n\n{markdown_table(head, lines)}"])

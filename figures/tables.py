@@ -180,9 +180,8 @@ def results_table(rows: Rows, heading: str, reference: str = "ppo") -> str:
         gold = plus_minus(interval(rows, setting, method), 3)
         reward = interval(rows, setting, method, "reward")[0]
         kl = interval(rows, setting, method, "kl")[0]
-        shares = [f"{interval(rows, setting, method, key)[0]:.0%}" for key in ("win", "tie", "loss")]
-        lines.append([setting, method, gold, gap, f"{reward:.2f}", f"{kl:.1f}", " / ".join(shares)])
-    head = [heading, "method", "gold", f"minus {reference} (paired)", "reward", "KL", "win / tie / loss vs SFT"]
+        lines.append([setting, method, gold, gap, f"{reward:.2f}", f"{kl:.1f}"])
+    head = [heading, "method", "gold", f"minus {reference} (paired)", "reward", "KL"]
     return markdown_table(head, lines)
 
 
