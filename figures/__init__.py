@@ -1,4 +1,4 @@
-"""Evidence: figures/NAME.py asks one question, over several seeds, and makes NAME.png, NAME.csv and NAME.md.
+"""Evidence: figures/NAME.py asks one question, over several seeds, and makes NAME.csv, NAME.md and mostly NAME.png.
 
     python -m figures NAME      (or all; alone it lists the names)
 

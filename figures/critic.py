@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 
-from crlhf.engine.files import stream, write_jsonl
+from crlhf.engine.files import write_jsonl
 from crlhf.law import best_share, measured_law
 from crlhf.pipeline.pipeline import Pipeline
 from crlhf.pipeline.tables import markdown_table
-from crlhf.ppo import gae
 
 from .bases import Change, change_bases
 from .contenders import at
@@ -78,31 +77,12 @@ def critic_report(figures: Path) -> str:
     others = distinct(rows, "method")[1:]
     usual = select(rows, setting="reward_model")
     parts = [
-        identities(),
         foresight_table(rows),
         endpoints_report(rows, others, "critic", title="plain PPO with the same critic"),
         "Minus adaptive PPO, over all iterations:\n\n"
         + gains_table(usual, CANDIDATES, "mean_gold", "critic", "adaptive"),
     ]
     return "\n\n".join(parts)
-
-
-def identities() -> str:
-    """The two identities on random numbers, up to what float32 rounds away."""
-    draw = stream(0, "identities")
-    rewards = torch.randn(8, 12, generator=draw)
-    values = torch.randn(8, 12, generator=draw)
-    mask = torch.arange(12) < torch.arange(5, 13)[:, None]  # (B, T): responses of different lengths
-    b = torch.randn(8, 1, generator=draw)
-    last = torch.nn.functional.one_hot(mask.sum(1) - 1, 12)
-    plain = gae(rewards, values, mask, 1.0, default("ppo.lam"))[0]
-    sentences = []
-    for c in (1.0, 0.3):
-        told = gae(rewards - c * b * last, values - c * b, mask, 1.0, default("ppo.lam"))[0]
-        gap = ((told - plain) * mask).abs().max()
-        how = "equal plain PPO's to six digits" if gap < 1e-6 else f"differ from plain PPO's by {gap:.0e}"
-        sentences.append(f"The rewards r - {c:g} b with a critic that is told {c:g} b: advantages {how}.")
-    return " ".join(sentences)
 
 
 def foresight_table(rows: Rows) -> str:

@@ -20,10 +20,10 @@ from pathlib import Path
 from crlhf.law import advice
 from crlhf.pipeline.tables import markdown_table
 
+from .contenders import STYLES
 from .dose import NONE, same_at_any_dose
 from .harness import Study
 from .judged import REWARDS, priced
-from .plotting import Figure, break_even_line, describe, finished, panels, style_of, zero_line
 from .runs import default
 from .tables import Rows, distinct, read_results, select, settings_of
 
@@ -51,7 +51,7 @@ def rule(study: Study) -> str:
             row = {"part": part, "experiment": experiment, "setting": setting, "k": k, "seed": seed}
             rows.append(row | calls_of(select(own, seed=seed), k) | gains)
     study.write(rows)
-    return study.answer(rule_report, plot_rule)
+    return rule_report(study.figures)
 
 
 def calls_of(rows: Rows, k: int) -> dict:
@@ -156,32 +156,10 @@ def settings_table(rows: Rows) -> str:
     lines = []
     for experiment, setting in dict.fromkeys((row["experiment"], row["setting"]) for row in rows):
         own = select(rows, experiment=experiment, setting=setting)
-        means = [f"{statistics.fmean(row[key] for row in own):.2f}" for key in ("rho", "explained")]
-        calls = [row["call"] for row in own]
-        counts = ", ".join(f"{call} {calls.count(call)}" for call in OFFLINE if call in calls)
+        rho = statistics.fmean(row["rho"] for row in own)
         gains = [f"{own[0][call]:+.3f}" for call in list(CALLS)[1:]]
         right = [share_right(own, names) for names in (tuple(CALLS), OFFLINE)]
-        lines.append([own[0]["part"], f"{experiment}: {setting}", *means, counts, *gains, *right])
-    gains = [f"{style_of(method).title} - plain" for method in list(CALLS.values())[1:]]
-    head = ["", "setting", "rho", "critic explains", "calls", *gains, "right", "right, no groups"]
+        lines.append([own[0]["part"], f"{experiment}: {setting}", f"{rho:.2f}", *gains, *right])
+    gains = [f"{STYLES[method].title} - plain" for method in list(CALLS.values())[1:]]
+    head = ["", "setting", "rho", *gains, "right", "right, no groups"]
     return markdown_table(head, lines)
-
-
-def plot_rule(figures: Path) -> Figure:
-    """A point a setting: what each call gains over plain PPO, against rho."""
-    rows = read_results(figures, "rule")
-    figure, axes = panels(1, 3, 12, 4.2, sharey=True)
-    for axis, call in zip(axes, list(CALLS)[1:]):
-        style = style_of(CALLS[call])
-        for part, face in (("made from", style.color), ("held out", "white")):
-            points = {}
-            for row in select(rows, part=part):
-                points.setdefault((row["experiment"], row["setting"], row[call]), []).append(row["rho"])
-            x = [statistics.fmean(values) for values in points.values()]
-            y = [gain for _, _, gain in points]
-            axis.plot(x, y, "o", color=style.color, markerfacecolor=face, label=part)
-        zero_line(axis)
-        break_even_line(axis, default("baselines.k"), "break-even at k = 4")
-        describe(axis, f"{call}: {style.title}", "rho")
-    describe(axes[0], y="gold over the run, minus plain PPO's", legend="upper left")
-    return finished(figure)

@@ -4,7 +4,6 @@ First the learning rate, by factors of two, until the best one lies between two 
 price in the same way. No method's best value lies at the edge of a grid, since there is no grid.
 """
 
-import re
 import statistics
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from crlhf.pipeline.tables import markdown_table
 
 from .contenders import CONTENDERS, MOVED, at
 from .harness import Study, results
-from .plotting import Axes, Figure, describe, finished, panels, style_of
 from .runs import default
-from .tables import Rows, interval, labels_of, read_results, results_table, values
+from .tables import read_results, results_table, values
 
 STEPS = 6  # a line that still rises after so many is left: its best value lies at the edge then
 Cell = tuple[float, float, int]  # learning rate, KL price (DPO: beta), passes over each batch
@@ -52,7 +50,7 @@ def sweep(study: Study) -> str:
         rate, price, epochs = max(golds, key=golds.get)
         best.append({"sd": sd, "method": method, "rate": f"{rate:g}", "price": f"{price:g}", "epochs": f"{epochs:g}"})
     study.write(best, "_best")
-    return study.answer(sweep_report, plot_sweep)
+    return sweep_report(study.figures)
 
 
 def sweep_report(figures: Path) -> str:
@@ -142,45 +140,3 @@ def best_cell(figures: Path, method: str, sd: float) -> Cell:
 def tuned(figures: Path, method: str, sd: float) -> dict:
     """The settings of `best_cell`."""
     return cell_settings(searched_sd(method, sd), method, best_cell(figures, method, sd))
-
-
-def searches_of(rows: Rows) -> dict[tuple[float, str], dict[Cell, float]]:
-    """(sd, method) -> {cell: mean gold}, from the names of the cells."""
-    searches = {}
-    for setting, method in labels_of(rows):
-        sd, rate, price, *epochs = map(float, re.findall(r"\d[\d.e-]*", setting))
-        cell = (rate, price, int(epochs[0]) if epochs else 2)
-        searches.setdefault((sd, method), {})[cell] = interval(rows, setting, method)[0]
-    return searches
-
-
-def plot_sweep(figures: Path) -> Figure:
-    """Left: mean gold along each method's line of learning rates. Right: along its KL prices, at its best rate."""
-    searches = searches_of(read_results(figures, "sweep"))
-    figure, axes = panels(2, 2, 10, 7, sharey=True)
-    rate, price, _ = start_of("ppo")
-    for left, right, sd in ((*axes[:2], 0.0), (*axes[2:], 1.0)):
-        for (searched, method), golds in searches.items():
-            if searched == sd:
-                best_rate = max(golds, key=golds.get)[0]
-                plot_line(left, rates_of(golds, method), method)
-                plot_line(right, prices_of(golds, best_rate, start_of(method)[2]), method)
-        log_axis(left, [rate * 2.0**n for n in range(-2, 4)])
-        log_axis(right, [price * 2.0**n for n in range(-4, 2)])
-        left.set_ylim(-0.3, 0.35)
-        describe(left, "constants of sd 1" if sd else "no constant", "learning rate", "held-out gold")
-        describe(right, "at the best learning rate", "KL price (DPO: beta)")
-        right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return finished(figure, "Held-out gold of the search; cells below -0.3 are out of sight")
-
-
-def plot_line(axis: Axes, line: dict[float, float], method: str) -> None:
-    style = style_of(method)
-    x = sorted(line)
-    y = [line[value] for value in x]
-    axis.plot(x, y, color=style.color, linestyle=style.line, marker="o", label=style.title)
-
-
-def log_axis(axis: Axes, ticks: list[float]) -> None:
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], fontsize=8)
