@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> None:
 
 def listing() -> str:
     """The names, a line each."""
-    lines = ["python -m figures NAME makes figures/NAME.csv, NAME.md and mostly NAME.png; a run that was stopped goes on."]
+    lines = ["python -m figures NAME makes NAME.csv, NAME.md and mostly NAME.png; a run that was stopped goes on."]
     for name, (_, about) in NAMES.items():
         lines.append(f"  {name:18}{about}")
     lines.append(f"  {'all':18}all but {' and '.join(READERS)}: about four hours")

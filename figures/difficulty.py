@@ -10,7 +10,6 @@ level. The shares of the gradient follow E[A^2 | x], in a whitened batch and wit
 Difficulty is known in the embedded world, and so are the constants that raters add to a prompt's rewards.
 """
 
-import itertools
 from pathlib import Path
 
 import torch
@@ -28,17 +27,18 @@ from .harness import Label, Study, Variant
 from .plotting import BLUE, GREEN, GREY, ORANGE, RED, Axes, Figure, describe, finished, panels, plot_points, zero_line
 from .runs import open_run, sample_texts
 from .tables import Rows, Values, one_value_rows, read_results
-from .variance import EARLY, early_name
 
 CONSTANT = {"world.prompt_bias": 1.0}  # without it a raw reward would hide little of what is shown here
 SAMPLES = 8  # responses per training prompt of each policy
 EDGES = (0.0, 0.3, 0.45, 0.55, 0.7)  # of five bins of difficulty
-FIFTHS, TENTHS = 5, 10  # groups by baseline reward, and of the calibration curve
+TENTHS = 10  # groups of prompts, of the calibration curve
+POLICIES = ("SFT", "contrastive")  # before and after training
 THIRDS = {"difficulty": ("easy", "medium", "hard"), "constant": ("mild", "middling", "extreme")}
+QUANTITIES = ("raw", "contrastive", "gold", "progress")  # of a prompt: its rewards, gold, and gold gained
 SIGNALS = ("contrastive reward", "raw reward", "raw without constant")
-COLUMNS = ("part", "policy", "group", "quantity")
+COLUMNS = ("part", "of", "group", "quantity")  # of: a policy, or what gold is compared with
 
-Measured = dict[tuple, float]  # (part, policy, group, quantity) -> value
+Measured = dict[tuple, float]  # (part, of, group, quantity) -> value
 
 
 def difficulty(study: Study) -> str:
@@ -57,16 +57,9 @@ def difficulty(study: Study) -> str:
     r_CR, about 1 gold per unit of reward, and 0 at 0. The correlation with the improvement over the own baselines is
     about 0.7 for r_CR and less than half of that for the raw reward, which the constants dilute.
     """
-    variants = {("default", method): Variant(method, CONSTANT) for method in ("ppo", "contrastive")}
-    for n in EARLY:
-        variants["default", early_name(n)] = Variant("ppo", {"ppo.iterations": n, **CONSTANT})
-    study.write(study.measure(measure_difficulty, study.run(variants), "difficulty"))
+    runs = study.run({("default", "contrastive"): Variant("contrastive", CONSTANT)})
+    study.write(study.measure(measure_difficulty, runs, "difficulty"))
     return study.answer(difficulty_report, plot_difficulty)
-
-
-def course_of_ppo() -> list[str]:
-    """Policies along plain PPO."""
-    return ["SFT", *(early_name(n) for n in EARLY), "ppo"]
 
 
 # --------------------------------------------------------------------------------------- measuring a seed
@@ -78,18 +71,12 @@ def measure_difficulty(seed: int, runs: dict[Label, Path]) -> Rows:
     baselines = pipe.rows("baselines", "baselines")
     prompts = [row["prompt"] for row in baselines]
     facts = facts_of(pipe, baselines)
-    models = {"SFT": ("start", pipe.model("sft")), "contrastive": ("contrastive", pipe.model("contrastive"))}
-    for name in course_of_ppo()[1:]:
-        models[name] = name, open_run(runs["default", name]).model("ppo")
-    scores = {policy: sample_scores(pipe, model, prompts, name) for policy, (name, model) in models.items()}
-    _, fresh_gold = scores["SFT"]
-    measured = {}
-    for policy, (r, gold) in scores.items():
+    before, gold_before = sample_scores(pipe, pipe.model("sft"), prompts, "start")
+    after, gold_after = sample_scores(pipe, pipe.model("contrastive"), prompts, "contrastive")
+    measured = calibration(after, gold_after, gold_before, facts)
+    for policy, r, gold in (("SFT", before, gold_before), ("contrastive", after, gold_after)):
         measured |= shares(r, facts, policy)
-        if policy in ("SFT", "ppo", "contrastive"):
-            measured |= levels(r, gold, facts, policy)
-        if policy in ("ppo", "contrastive"):
-            measured |= calibration(r, gold, fresh_gold, facts, policy)
+        measured |= levels(r, gold, facts, policy)
     return one_value_rows(seed, COLUMNS, measured)
 
 
@@ -120,7 +107,7 @@ def sample_scores(pipe: Pipeline, policy: Model, prompts: list[str], name: str) 
 
 
 def levels(r: Tensor, gold: Tensor, facts: dict[str, Tensor], policy: str) -> Measured:
-    """Means by known difficulty and by baseline reward, and slopes on the baseline reward."""
+    """Means by known difficulty, and slopes on difficulty and on the baseline reward."""
     columns = {
         "raw": r.mean(1),
         "contrastive": r.mean(1) - facts["baseline"],
@@ -128,15 +115,11 @@ def levels(r: Tensor, gold: Tensor, facts: dict[str, Tensor], policy: str) -> Me
         "progress": gold.mean(1) - facts["gold of baselines"],
     }
     bins = torch.bucketize(facts["difficulty"], torch.tensor(EDGES[1:]), right=True)
-    fifths = quantile_groups(facts["baseline"], FIFTHS)
     measured = {}
-    for part, x, groups, n in (
-        ("difficulty", facts["difficulty"], bins, len(EDGES)),
-        ("baseline reward", facts["baseline"], fifths, FIFTHS),
-    ):
-        for quantity, values in {**columns, "x": x}.items():
-            for g in range(n):
-                measured[part, policy, g, quantity] = values[groups == g].mean().item()
+    for quantity, values in {**columns, "x": facts["difficulty"]}.items():
+        for g in range(len(EDGES)):
+            measured["difficulty", policy, g, quantity] = values[bins == g].mean().item()
+    for part, x in (("difficulty", facts["difficulty"]), ("baseline reward", facts["baseline"])):
         for quantity, values in columns.items():
             measured[part, policy, "slope", quantity] = fit_line(x, values)[0]
     return measured
@@ -144,7 +127,6 @@ def levels(r: Tensor, gold: Tensor, facts: dict[str, Tensor], policy: str) -> Me
 
 def shares(r: Tensor, facts: dict[str, Tensor], policy: str) -> Measured:
     """Share of the squared whitened advantages by third of difficulty, and by third of the constant's size."""
-    information = r.var(1)  # what is left of A^2 if every prompt's level is known
     rewards = {"raw": r, "contrastive": r - facts["baseline"][:, None]}
     measured = {}
     for fact, names in THIRDS.items():
@@ -153,13 +135,10 @@ def shares(r: Tensor, facts: dict[str, Tensor], policy: str) -> Measured:
         for quantity, values in rewards.items():
             for name, share in zip(names, gradient_shares(values, groups, 3).tolist()):
                 measured[part, policy, name, quantity] = share
-        for g, name in enumerate(names):
-            share = information[groups == g].sum() / information.sum()
-            measured[part, policy, name, "information"] = share.item()
     return measured
 
 
-def calibration(r: Tensor, gold: Tensor, fresh_gold: Tensor, facts: dict[str, Tensor], policy: str) -> Measured:
+def calibration(r: Tensor, gold: Tensor, fresh_gold: Tensor, facts: dict[str, Tensor]) -> Measured:
     """Rewards per prompt against true improvement, over the prompt's own baselines and over fresh SFT responses."""
     raw = r.mean(1)
     signals = dict(zip(SIGNALS, (raw - facts["baseline"], raw, raw - facts["constant"])))
@@ -168,14 +147,13 @@ def calibration(r: Tensor, gold: Tensor, fresh_gold: Tensor, facts: dict[str, Te
     for over, gain in gains.items():
         for signal, x in signals.items():
             slope, intercept = fit_line(x, gain)
-            measured["calibration", policy, over, f"{signal}: slope"] = slope
-            measured["calibration", policy, over, f"{signal}: intercept"] = intercept
-            measured["calibration", policy, over, f"{signal}: correlation"] = correlation(x, gain)
+            measured["calibration", over, signal, "slope"] = slope
+            measured["calibration", over, signal, "intercept"] = intercept
+            measured["calibration", over, signal, "correlation"] = correlation(x, gain)
     for signal, x in signals.items():
         tenths = quantile_groups(x, TENTHS)
         for g in range(TENTHS):
-            measured["curve", policy, g, f"{signal}: x"] = x[tenths == g].mean().item()
-            measured["curve", policy, g, f"{signal}: y"] = gains["own baselines"][tenths == g].mean().item()
+            measured["curve", "own baselines", signal, g] = gains["own baselines"][tenths == g].mean().item()
     return measured
 
 
@@ -184,89 +162,50 @@ def calibration(r: Tensor, gold: Tensor, fresh_gold: Tensor, facts: dict[str, Te
 
 def difficulty_report(figures: Path) -> str:
     values = Values(read_results(figures, "difficulty"), *COLUMNS)
-    trained = ("ppo", "contrastive")
     slopes = []
-    for part in ("difficulty", "baseline reward"):
-        for policy in ("SFT", *trained):
-            quantities = ("raw", "contrastive", "gold", "progress")
-            texts = [values.text(part, policy, "slope", quantity) for quantity in quantities]
-            slopes.append([f"of {part}", policy, *texts])
     thirds = []
-    for part, group, name in (
-        ("share by difficulty", "easy", "easy third"),
-        ("share by difficulty", "hard", "hard third"),
-        ("share by constant", "extreme", "extreme third (constants)"),
-    ):
-        for policy in (*course_of_ppo(), "contrastive"):
-            quantities = ("raw", "contrastive", "information")
-            thirds.append([name, policy, *(values.text(part, policy, group, quantity) for quantity in quantities)])
+    for policy in POLICIES:
+        for part in ("difficulty", "baseline reward"):
+            texts = [values.text(part, policy, "slope", quantity) for quantity in QUANTITIES]
+            slopes.append([f"of {part}", policy, *texts])
+        for fact, third in (("difficulty", "easy"), ("difficulty", "hard"), ("constant", "extreme")):
+            texts = [values.text(f"share by {fact}", policy, third, quantity) for quantity in ("raw", "contrastive")]
+            thirds.append([f"{third} third by {fact}", policy, *texts])
     fits = []
-    for over, policy, signal in itertools.product(("own baselines", "fresh SFT"), trained, SIGNALS):
-        quantities = [f"{signal}: {name}" for name in ("slope", "intercept", "correlation")]
-        texts = [values.text("calibration", policy, over, quantity) for quantity in quantities]
-        fits.append([f"{signal}, gold gained over {over}", policy, *texts])
+    for over in ("own baselines", "fresh SFT"):
+        for signal in SIGNALS:
+            texts = [values.text("calibration", over, signal, name) for name in ("slope", "intercept", "correlation")]
+            fits.append([f"{signal}, gold gained over {over}", *texts])
     tables = [
-        markdown_table(
-            ["slope per unit", "policy", "raw reward", "contrastive reward", "gold", "progress in gold"], slopes
-        ),
-        markdown_table(["share of squared advantages", "policy", "raw", "contrastive", "information"], thirds),
-        markdown_table(["calibration per prompt", "policy", "slope", "intercept", "correlation"], fits),
+        markdown_table(["slope per unit", "policy", *QUANTITIES], slopes),
+        markdown_table(["share of squared advantages", "policy", "raw", "contrastive"], thirds),
+        markdown_table(["calibration per prompt", "slope", "intercept", "correlation"], fits),
     ]
     return "\n\n".join(tables)
 
 
 def plot_difficulty(figures: Path) -> Figure:
     values = Values(read_results(figures, "difficulty"), *COLUMNS)
-    figure, (by_difficulty, by_baseline, by_third, by_tenth) = panels(2, 2, 10.5, 7.6)
-    plot_levels(by_difficulty, values, "difficulty", len(EDGES))
-    describe(by_difficulty, x="difficulty of the opening (0 praise, 1 scorn)")
-    by_difficulty.legend(fontsize=8, loc=(0.02, 0.13))
-    plot_levels(by_baseline, values, "baseline reward", FIFTHS)
-    describe(by_baseline, x="mean reward of the prompt's baselines")
-    plot_shares(by_third, values)
-    plot_calibration(by_tenth, values)
-    raw, _ = values.mean("share by constant", "SFT", "extreme", "raw")
-    contrastive, _ = values.mean("share by constant", "SFT", "extreme", "contrastive")
-    slope = values.text("calibration", "contrastive", "own baselines", "contrastive reward: slope")
-    fresh = values.text("calibration", "contrastive", "fresh SFT", "contrastive reward: correlation")
-    title = (
-        f"The third of prompts with the most extreme rater constants takes {raw:.0%} of the raw gradient and "
-        f"{contrastive:.0%} of the contrastive one;\na unit of contrastive reward stands for {slope} of "
-        f"gold over the same baselines; with gain over fresh SFT responses it correlates by {fresh}"
-    )
-    return finished(figure, title, size=10)
+    figure, (left, right) = panels(1, 2, 10.5, 4.4)
+    plot_levels(left, values)
+    plot_calibration(right, values)
+    return finished(figure)
 
 
-def plot_levels(axis: Axes, values: Values, part: str, n: int) -> None:
-    """Over groups of prompts: rewards and progress after contrastive PPO, and r_CR before any."""
+def plot_levels(axis: Axes, values: Values) -> None:
+    """By difficulty: rewards and progress after contrastive PPO, and r_CR before any."""
     for quantity, policy, label, color, line, marker in (
         ("raw", "contrastive", "raw reward", RED, "-", "o"),
         ("contrastive", "contrastive", "contrastive reward", BLUE, "--", "s"),
         ("progress", "contrastive", "progress in gold", GREEN, "-.", "^"),
         ("contrastive", "SFT", "contrastive reward, before training", GREY, ":", "v"),
     ):
-        x = [values.mean(part, policy, g, "x")[0] for g in range(n)]
-        pairs = [values.mean(part, policy, g, quantity) for g in range(n)]
+        x = [values.mean("difficulty", policy, g, "x")[0] for g in range(len(EDGES))]
+        pairs = [values.mean("difficulty", policy, g, quantity) for g in range(len(EDGES))]
         plot_points(axis, x, pairs, label=label, color=color, linestyle=line, marker=marker)
-    describe(axis, f"After contrastive PPO, by {part}", y="reward, or gold points")
-
-
-def plot_shares(axis: Axes, values: Values) -> None:
-    """Along plain PPO: what the most extreme third and the hardest third take of the gradient."""
-    policies = course_of_ppo()
-    for part, group, name, line in (
-        ("share by constant", "extreme", "third with extreme constants", "-"),
-        ("share by difficulty", "hard", "hard third", ":"),
-    ):
-        for kind, color, shift in (("raw", RED, -0.06), ("contrastive", BLUE, 0.06)):
-            pairs = [values.mean(part, policy, group, kind) for policy in policies]
-            x = [place + shift for place in range(len(policies))]
-            plot_points(axis, x, pairs, color=color, linestyle=line, label=f"{kind}: {name}")
-    zero_line(axis, at=1 / 3)
-    axis.set_xticks(range(len(policies)), ["0", *map(str, EARLY), "end"])
-    axis.set_ylim(0, 1)
-    describe(axis, "Who gets the gradient (no critic)", "iterations of plain PPO", "share of squared advantages")
-    axis.legend(fontsize=8, loc=(0.3, 0.45))
+    title = "After contrastive PPO, by difficulty"
+    describe(axis, title, "difficulty of the opening (0 praise, 1 scorn)", "reward, or gold points")
+    axis.legend(fontsize=8, loc=(0.02, 0.16))
 
 
 def plot_calibration(axis: Axes, values: Values) -> None:
@@ -276,8 +215,8 @@ def plot_calibration(axis: Axes, values: Values) -> None:
         ("raw reward", RED, "-", "o", 0.0),
         ("raw without constant", ORANGE, ":", "^", 0.12),
     ):
-        fit = values.text("calibration", "contrastive", "own baselines", f"{signal}: correlation")
-        gained = [values.mean("curve", "contrastive", g, f"{signal}: y") for g in range(TENTHS)]
+        fit = values.text("calibration", "own baselines", signal, "correlation")
+        gained = [values.mean("curve", "own baselines", signal, g) for g in range(TENTHS)]
         x = [g + 1 + shift for g in range(TENTHS)]
         label = f"{signal}: correlation {fit}"
         plot_points(axis, x, gained, label=label, color=color, linestyle=line, marker=marker)

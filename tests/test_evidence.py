@@ -173,7 +173,7 @@ def small_world(monkeypatch):
     """The experiments on a world so small that they take seconds, in this process."""
     changes = {
         variance: {"EARLY": (2,), "SAMPLES": 6, "KS": (1, 4), "SCORED": 1},
-        difficulty: {"EARLY": (2,), "SAMPLES": 2},
+        difficulty: {"SAMPLES": 2},
         theorem: {"RATES": (0.0, 0.5)},
     }
     monkeypatch.setattr(runs, "Config", tiny_config)
