@@ -18,7 +18,6 @@ prompts, so the law can fail.
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +26,6 @@ from crlhf.engine.forward import Model
 from crlhf.engine.text import Batch
 from crlhf.evaluate import mean_interval
 from crlhf.pipeline.pipeline import Pipeline
-from crlhf.pipeline.plots import smooth
 from crlhf.pipeline.tables import markdown_table
 
 from .estimators import (
@@ -52,7 +50,6 @@ from .plotting import (
     describe,
     finished,
     panels,
-    plot_band,
     plot_points,
     zero_line,
 )
@@ -65,7 +62,6 @@ EARLY = (8, 20)  # iterations of the shorter runs; the last policy is that of th
 PROMPTS, SAMPLES = 128, 16  # responses per prompt, of the policy and of the SFT policy
 KS, K = (1, 2, 4, 8, 16), 4  # K: along training
 SCORED = 4  # responses per prompt whose gradients are taken
-LOGGED = ("reward_variance", "contrastive_variance", "coefficient", "advantage_std")
 
 COLUMNS = ("setting", "iterations", "quantity", "k")
 Place = tuple[str, int]  # (setting, iterations of PPO)
@@ -96,7 +92,7 @@ def variance(study: Study) -> str:
     folders = study.run(full | short)
     plain = {key: out for key, out in folders.items() if key[0][1] not in METHODS[1:]}
     study.write(study.measure(measure_variance, plain, "variance"))
-    steps = curves({key: out for key, out in folders.items() if key[0] in full}, LOGGED)
+    steps = curves({key: out for key, out in folders.items() if key[0] in full}, ("advantage_std",))
     study.write(steps, "_training")
     return study.answer(variance_report, plot_variance)
 
@@ -139,33 +135,26 @@ def measure_policy(pipe: Pipeline, policy: Model, baselines: list[Tensor]) -> di
     measured = {(name, ""): value for name, value in parts.items()}
     measured["slope", ""] = covariance(parts) / parts["between_ref"]
     measured["raw", ""] = batch_variance(r)
-    measured["raw law", ""] = parts["between"] + parts["within"]
-    rewards = {("raw", ""): r}
     for k in KS:
-        share = best_share(parts, k)
-        measured["coefficient", k] = share
-        rewards["contrastive", k] = r - windows(b, k)
-        measured["contrastive", k] = batch_variance(rewards["contrastive", k])
+        measured["contrastive", k] = batch_variance(r - windows(b, k))
         measured["law", k] = law(parts, k)
-        rewards["adaptive", k] = r - share * windows(b, k)
-        measured["adaptive", k] = batch_variance(rewards["adaptive", k])
-        if k < SAMPLES:  # the other responses of the same policy as baselines: never stale
-            rewards["online", k] = r - windows(r, k, first=1)
-            measured["online", k] = batch_variance(rewards["online", k])
-            measured["online law", k] = parts["within"] * (1 + 1 / k)
-    return measured | gradient_variances(pipe, policy, batch, rewards)
+    share = best_share(parts, K)
+    measured["coefficient", K] = share
+    measured["adaptive", K] = batch_variance(r - share * windows(b, K))
+    measured["online", K] = batch_variance(r - windows(r, K, first=1))  # the policy's other responses: never stale
+    return measured | gradient_variances(pipe, policy, batch, {"raw": r, "contrastive": r - windows(b, K)})
 
 
-def gradient_variances(pipe: Pipeline, policy: Model, batch: Batch, rewards: dict[tuple, Tensor]) -> dict[tuple, float]:
-    """{("gradient, NAME", k): trace of the covariance of a minibatch's gradient} for each kind of reward."""
+def gradient_variances(pipe: Pipeline, policy: Model, batch: Batch, rewards: dict[str, Tensor]) -> dict[tuple, float]:
+    """{("gradient, NAME", K): trace of the covariance of a minibatch's gradient} for each kind of reward."""
     columns = torch.arange(len(batch)).view(-1, SAMPLES)[:, :SCORED].flatten()
     A = torch.stack([values[:, :SCORED].flatten() for values in rewards.values()])  # (kinds, N)
     A = A - A.mean(1, keepdim=True)  # whitening takes the mean of the batch away from raw rewards, too
     square_norms, means = score_gradients(policy, batch[columns], A)
     minibatch = pipe.config.ppo.batch_size // pipe.config.ppo.minibatches
     measured = {}
-    for kind, (name, k) in enumerate(rewards):
-        measured[f"gradient, {name}", k] = gradient_trace(square_norms, A[kind], means[kind], minibatch)
+    for kind, name in enumerate(rewards):
+        measured[f"gradient, {name}", K] = gradient_trace(square_norms, A[kind], means[kind], minibatch)
     return measured
 
 
@@ -178,8 +167,8 @@ def places_of(values: Values) -> list[Place]:
 
 def ratio_to_raw(values: Values, place: Place, quantity: str, k: int = K) -> Pair:
     """(mean, half) over seeds of a variance over that of the raw reward, of the reward or of the gradient."""
-    raw = "gradient, raw" if quantity.startswith("gradient") else "raw"
-    return mean_interval(values[*place, quantity, k] / values[*place, raw, ""])
+    raw = values[*place, "gradient, raw", K] if quantity.startswith("gradient") else values[*place, "raw", ""]
+    return mean_interval(values[*place, quantity, k] / raw)
 
 
 def threshold(values: Values, place: Place) -> str:
@@ -202,29 +191,13 @@ def fit_of_law(values: Values) -> str:
     return f"{held}; the largest mean error is {worst:.0%}."
 
 
-def logged_ratio(steps: Rows, setting: str, method: str, quantity: str) -> tuple[np.ndarray, np.ndarray]:
-    """(seeds, iterations) numerators and denominators of a logged ratio: reward variances, or spreads of advantages.
-
-    They are kept apart so that they can be averaged over iterations first: late batches may hold no variance at all.
-    """
-    if quantity == "variance":
-        above = curves_by_seed(steps, "contrastive_variance", setting=setting, method=method)
-        return above, curves_by_seed(steps, "reward_variance", setting=setting, method=method)
-    above = curves_by_seed(steps, "advantage_std", setting=setting, method=method)
-    return above, curves_by_seed(steps, "advantage_std", setting=setting, method="ppo")
-
-
 # ----------------------------------------------------------------------------------------- table, figure
-
-KINDS = {"contrastive": ("c = 1", BLUE), "adaptive": ("adaptive c", GREEN), "online": ("online", "#CC79A7")}
-LINES = {"no constant": "-", "constant, sd 1": "--"}
-MARKERS = {"no constant": "o", "constant, sd 1": "s"}
 
 
 def variance_report(figures: Path) -> str:
     values = Values(read_results(figures, "variance"), *COLUMNS)
-    logged = logged_table(read_results(figures, "variance_training"))
-    return "\n\n".join([terms_table(values), fit_of_law(values), logged])
+    spreads = spreads_table(read_results(figures, "variance_training"))
+    return "\n\n".join([terms_table(values), fit_of_law(values), spreads])
 
 
 def terms_table(values: Values) -> str:
@@ -247,54 +220,39 @@ def terms_table(values: Values) -> str:
     ]
     lines += [ratio(f"Var(r - b) / Var(r), k = {k}", "contrastive", k) for k in KS]
     lines.append(level(f"adaptive, k = {K}: coefficient", "coefficient", K))
-    for kind in ("adaptive", "online", "gradient, contrastive", "gradient, adaptive", "gradient, online"):
+    for kind in ("adaptive", "online", "gradient, contrastive"):
         lines.append(ratio(f"{kind}, k = {K}: ratio", kind))
     head = ["quantity", *(f"{setting}: {f'after {n}' if n else 'start'}" for setting, n in places)]
     return markdown_table(head, lines)
 
 
-def logged_table(steps: Rows) -> str:
-    """Ratios that the runs logged themselves, early, later and at the end."""
+def spreads_table(steps: Rows) -> str:
+    """How far PPO's advantages spread, early, later and at the end. (Over single batches a ratio may be anything.)"""
     lines = []
     for setting in BIASES:
+        plain = curves_by_seed(steps, "advantage_std", setting=setting, method="ppo")
+        third = plain.shape[1] // 3
         for method in METHODS[1:]:
-            for quantity, name in (("variance", "Var(r - c b) / Var(r)"), ("spread", "sd of advantages / plain PPO's")):
-                above, below = logged_ratio(steps, setting, method, quantity)
-                third = above.shape[1] // 3
-                cells = [f"{setting}, {method}: {name}"]
-                for part in (slice(0, 5), slice(third, third + 5), slice(-5, None)):
-                    cells.append(plus_minus(mean_interval(above[:, part].mean(1) / below[:, part].mean(1))))
-                lines.append(cells)
-    return markdown_table(["logged by the runs, over five iterations", "first", "from a third on", "last"], lines)
+            spread = curves_by_seed(steps, "advantage_std", setting=setting, method=method)
+            cells = [f"{setting}, {method}"]
+            for part in (slice(0, 5), slice(third, third + 5), slice(-5, None)):
+                cells.append(plus_minus(mean_interval(spread[:, part].mean(1) / plain[:, part].mean(1))))
+            lines.append(cells)
+    head = ["sd of advantages / plain PPO's, over five iterations", "first", "from a third on", "last"]
+    return markdown_table(head, lines)
 
 
 def plot_variance(figures: Path) -> Figure:
     values = Values(read_results(figures, "variance"), *COLUMNS)
     iterations = sorted({n for _, n in places_of(values)})
-    last = iterations[-1]
-    figure, axes = panels(2, 2, 10.5, 7.6)
-    plot_law(axes[0], values, last)
-    plot_ratios(axes[1], values, iterations, "")
-    describe(axes[1], f"Variance of the reward, k = {K}")
-    plot_ratios(axes[2], values, iterations, "gradient, ")
-    describe(axes[2], f"Variance of the gradient (trace of Cov), k = {K}")
-    plot_spreads(axes[3], read_results(figures, "variance_training"))
-    for axis in axes:
+    figure, (left, right) = panels(1, 2, 10.5, 4.4)
+    plot_law(left, values, iterations[-1])
+    plot_ratios(right, values, iterations)
+    for axis in (left, right):
         zero_line(axis, at=1)
-        axis.grid(alpha=0.25, which="both")
-    for axis, columns in zip(axes, (1, 2, 2)):
-        axis.set_ylim(0.003, 30)  # room below the lines
-        axis.legend(fontsize=7, loc="lower left", ncols=columns)
-    changes = []
-    for setting in BIASES:
-        start, end = (plus_minus(ratio_to_raw(values, (setting, n), "contrastive")) for n in (0, last))
-        changes.append(f"{start} to {end}")
-    worst = max(ratio_to_raw(values, place, "adaptive")[0] for place in places_of(values))
-    title = (
-        f"Over training Var(r − b) / Var(r) at k = {K} goes from {changes[0]} without constants per prompt,\n"
-        f"and from {changes[1]} with constants of sd 1; adaptive is at most {worst:.2f}"
-    )
-    return finished(figure, title)
+        axis.set_ylim(0.006, 30)  # room below the lines
+        axis.legend(fontsize=8, loc="lower left")
+    return finished(figure)
 
 
 def plot_law(axis: Axes, values: Values, last: int) -> None:
@@ -305,37 +263,23 @@ def plot_law(axis: Axes, values: Values, last: int) -> None:
         ("constant, sd 1", 0, BLUE, "-", "o"),
         ("constant, sd 1", last, "#56B4E9", "--", "s"),
     ):
-        raw = values[setting, n, "raw law", ""].mean()
+        raw = values[setting, n, "between", ""].mean() + values[setting, n, "within", ""].mean()
         predicted = [values[setting, n, "law", k].mean() / raw for k in KS]
         axis.plot(KS, predicted, color=color, linestyle=line)
         pairs = [ratio_to_raw(values, (setting, n), "contrastive", k) for k in KS]
         label = f"{setting}: after {n} iterations" if n else f"{setting}: start"
-        points = {"linestyle": "", "marker": marker, "markersize": 5, "capsize": 3}
-        plot_points(axis, KS, pairs, color=color, label=label, **points)
+        plot_points(axis, KS, pairs, color=color, label=label, linestyle="", marker=marker)
     axis.set(xscale="log", yscale="log")
     axis.set_xticks(KS, KS)
     describe(axis, "Law (lines) and measured (points)", "k, baselines per prompt", "Var(r − b) / Var(r)")
 
 
-def plot_ratios(axis: Axes, values: Values, iterations: list[int], prefix: str) -> None:
-    """Along training: variances of the reward, or with a prefix of its gradient, over those of the raw reward."""
-    for setting in BIASES:
-        style = {"marker": MARKERS[setting], "linestyle": LINES[setting]}
-        for number, (kind, (label, color)) in enumerate(KINDS.items()):
-            x = [n + 0.6 * (number - 1) for n in iterations]
-            pairs = [ratio_to_raw(values, (setting, n), prefix + kind) for n in iterations]
-            plot_points(axis, x, pairs, color=color, label=f"{label}, {setting}", **style)
+def plot_ratios(axis: Axes, values: Values, iterations: list[int]) -> None:
+    """Along training: the variance of the reward with c = 1 and with the adaptive share, over that of the raw one."""
+    for setting, line in (("no constant", "-"), ("constant, sd 1", "--")):
+        for kind, color in (("contrastive", BLUE), ("adaptive", GREEN)):
+            pairs = [ratio_to_raw(values, (setting, n), kind) for n in iterations]
+            plot_points(axis, iterations, pairs, color=color, linestyle=line, label=f"{kind}, {setting}")
     axis.set_yscale("log")
     axis.set_xticks(iterations)
-    describe(axis, x="iterations of plain PPO", y="variance / that with the raw reward")
-
-
-def plot_spreads(axis: Axes, steps: Rows) -> None:
-    for setting in BIASES:
-        for method in METHODS[1:]:
-            above, below = logged_ratio(steps, setting, method, "spread")
-            ratios = np.array([smooth(own) / smooth(plain) for own, plain in zip(above, below)])
-            label, color = KINDS[method]
-            plot_band(axis, ratios, color, linestyle=LINES[setting], label=f"{label}, {setting}")
-    title = "Advantages of PPO with its critic"
-    describe(axis, title, "PPO iteration", "sd of advantages / plain PPO's", legend="upper left")
+    describe(axis, f"Along training, k = {K}", "iterations of plain PPO", "variance / that of the raw reward")
