@@ -3,12 +3,10 @@
 Such a run takes hours on a CPU and needs a model's weights, so it is not made here: COMMANDS say how to make one, and
 this file reads the numbers it left. `real` looks at two runs, `real_seeds` at those of the same commands with other
 seeds: what is luck in one run, and what isn't? A seed changes all that was drawn: openings, demonstrations, pairs and
-their labels, the reward model, every response. Of texts it shows those of the embedded reviews only: HH-RLHF's are
-offensive in places.
+their labels, the reward model, every response. It shows no texts: HH-RLHF's are offensive in places.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,15 +19,13 @@ from crlhf.contrastive import leave_one_out
 from crlhf.engine.files import read_json, read_jsonl, stream
 from crlhf.evaluate import Z, column, mean_interval, wilson_interval
 from crlhf.law import best_share, measured_law, variance_ratio, within_correlation
-from crlhf.pipeline.options import parse_command_line
 from crlhf.pipeline.output import fenced
 from crlhf.pipeline.plots import STYLES, plot_curve, save_figure, smooth
-from crlhf.pipeline.report import samples_text
 from crlhf.pipeline.tables import markdown_table
 
 from .harness import Study
-from .plotting import BLUE, RED, Axes, Figure, describe, panels, plot_points, plot_rows, zero_line
-from .tables import Pair, Rows, plus_minus, read_results, select
+from .plotting import BLUE, RED, Axes, Figure, describe, finished, panels, plot_points, plot_rows, zero_line
+from .tables import Pair, Rows, distinct, plus_minus, read_results, select
 
 SIZES = "--ppo-critic shared --ppo-batch-size 16 --ppo-minibatches 2 --ppo-epochs 1 --ppo-lr 2e-5"
 COMMANDS = {
@@ -42,10 +38,10 @@ COMMANDS = {
     "--micro-batch-size 4 --sampling-batch-size 32 "
     f"--methods ppo,contrastive --ppo-iterations 20 {SIZES} --ppo-critic-lr 1e-3",
 }
+CURVES = {"reward": "Reward model's score", "gold": "True (gold) reward", "kl_k3": "KL from the SFT policy, nats"}
 TITLES = {"real_reviews": "film reviews", "real_hh": "HH-RLHF, harmless"}
 STAGES = ("data", "sft", "preferences", "reward", "baselines", *METHODS, "evaluation")
-LOGGED = ("reward", "gold", "kl_k3", "ended", "response_length", "explained_variance", "reward_variance")
-LOGGED += ("contrastive_variance", "coefficient")  # empty where a method has none
+LOGGED = ("reward", "gold", "kl_k3", "reward_variance", "contrastive_variance")  # empty where a method has none
 FIRST, LAST = 3, 10  # iterations
 DRAWS = 2000  # of a bootstrap
 COMPARED = ("contrastive", "adaptive")  # with plain PPO, over the seeds
@@ -72,7 +68,7 @@ def real(study: Study) -> str:
     difference between the methods leaves its interval.
     """
     folder = study.root.parent
-    runs = [folder / name for name in COMMANDS if finished_stages(folder / name)]
+    runs = [folder / name for name in COMMANDS if "evaluation" in finished_stages(folder / name)]
     if not runs:
         where = " and ".join(str(folder / name) for name in COMMANDS)
         ways = " or '".join(f"{command}'" for command in COMMANDS.values())
@@ -81,8 +77,8 @@ def real(study: Study) -> str:
         raise UserError(f"there are no runs in {where}", mend)
     write_numbers(study, runs, {"law": law_rows, "results": result_rows, "cost": cost_rows, "curves": curve_rows})
     for run in runs:
-        plot_run(run, study.figures / f"{run.name}.png")
-    return real_report(runs)
+        save_figure(plot_run(study.figures, run.name), study.figures / f"{run.name}.png")
+    return real_report(study.figures)
 
 
 def real_seeds(study: Study) -> str:
@@ -145,19 +141,14 @@ def curve_rows(run: Path) -> Rows:
 
 def law_rows(run: Path) -> Rows:
     """Rows {run, quantity, value, low, high, n}: low and high bound a 95% interval, n counts what it rests on."""
-    stages = finished_stages(run)
-    rows = []
-    if "preferences" in stages:
-        pairs = read_jsonl(run / "preferences" / "preferences.jsonl")
-        rows.append(quantity("pairs trained on", len(pairs)))
-    if "reward" in stages:
-        rows += accuracy_quantities(read_json(run / "reward" / "accuracy.json"))
-    if "baselines" in stages:
-        samples = read_jsonl(run / "baselines" / "baselines.jsonl")
-        rewards, ended = baseline_rewards(samples)
-        rows += baseline_quantities(run, samples, rewards, ended)
-        rows += predicted_quantities(rewards, read_json(run / "config.json")["ppo"]["batch_size"])
-        rows += measured_quantities(metrics_of(run))
+    pairs = read_jsonl(run / "preferences" / "preferences.jsonl")
+    samples = read_jsonl(run / "baselines" / "baselines.jsonl")
+    rewards, ended = baseline_rewards(samples)
+    rows = [quantity("pairs trained on", len(pairs))]
+    rows += accuracy_quantities(read_json(run / "reward" / "accuracy.json"))
+    rows += baseline_quantities(run, samples, rewards, ended)
+    rows += predicted_quantities(rewards, read_json(run / "config.json")["ppo"]["batch_size"])
+    rows += measured_quantities(metrics_of(run))
     return [{"run": run.name, **row} for row in rows]
 
 
@@ -203,22 +194,16 @@ def predicted_quantities(rewards: Tensor, batch_size: int) -> Rows:
     law = measured_law(rewards)
     rho = law["rho"]
     low, high = law_interval(law, "rho")
-    ratio, bounds_of_ratio = predicted_ratio(law, k)
-    share = best_share(rho, k)
+    ratio = variance_ratio(rho, k)
+    of_ratio = variance_ratio(high, k), variance_ratio(low, k)
+    of_share = best_share(low, k), best_share(high, k)
     few = expected_range(rewards, FIRST, batch_size)
     return [
         quantity("k", k),
-        quantity("predicted Var(r - b) / Var(r)", ratio, bounds_of_ratio, N),
-        quantity("best share c*", share, (best_share(low, k), best_share(high, k)), N),
-        quantity("predicted Var(r - c* b) / Var(r)", variance_ratio(rho, k, share), n=N),
+        quantity("predicted Var(r - b) / Var(r)", ratio, of_ratio, N),
+        quantity("best share c*", best_share(rho, k), of_share, N),
         quantity(f"range of it over {FIRST} batches of {batch_size}", ratio, few, FIRST * batch_size),
     ]
-
-
-def predicted_ratio(law: dict[str, float], k: int) -> tuple[float, Pair]:
-    """Var(r - b) / Var(r) and its 95% interval, by the law."""
-    low, high = law_interval(law, "rho")
-    return variance_ratio(law["rho"], k), (variance_ratio(high, k), variance_ratio(low, k))
 
 
 def measured_quantities(metrics: dict[str, Rows]) -> Rows:
@@ -296,10 +281,7 @@ def result_rows(run: Path) -> Rows:
     rows = []
     held_out = evaluations(run) if "evaluation" in finished_stages(run) else {}
     for method, own in held_out.items():
-        n = len(own)
-        ended = int(column(own, "ended").sum())
-        row = {"run": run.name, "method": method, "n": n, "ended": ended / n}
-        row["ended_low"], row["ended_high"] = wilson_interval(ended, n)
+        row = {"run": run.name, "method": method, "n": len(own), "ended": column(own, "ended").mean().item()}
         for name in ("reward", "gold", "kl"):
             mean = gap = ("", "")
             if name in own[0]:
@@ -330,33 +312,22 @@ def cost_rows(run: Path) -> Rows:
 # ------------------------------------------------------------------------------------------------ real.md
 
 
-def real_report(runs: list[Path]) -> str:
-    """The tables of each run, the reviews' samples, and how to make the runs."""
-    commands = fenced("\n".join(COMMANDS.values()))
-    return "\n\n".join([*(run_report(run) for run in runs), f"## How to make them\n\n{commands}\n\n{WEIGHTS}"])
-
-
-def run_report(run: Path) -> str:
-    left = [name for name in stages_of(run) if name not in finished_stages(run)]
-    other = other_settings(run)
-    note = f" Not finished: {', '.join(left)}." if left else ""
-    note += f" Made with other settings than its command below: {', '.join(other)}." if other else ""
-    parts = [f"## {run.name}: {TITLES[run.name]}\n\nOne seed.{note} Intervals are 95%."]
-    lines = [[row["quantity"], *law_cells(row)] for row in law_rows(run)]
-    parts.append(markdown_table(["quantity", "value", "95% interval", "from"], lines))
-    results = result_rows(run)
-    if results:
+def real_report(figures: Path) -> str:
+    """The tables of each run, and how to make the runs."""
+    law = read_results(figures, "real_law")
+    results = read_results(figures, "real_results")
+    costs = read_results(figures, "real_cost")
+    parts = []
+    for run in distinct(law, "run"):
+        parts.append(f"## {run}: {TITLES[run]}\n\nOne seed. Intervals are 95%.")
+        lines = [[row["quantity"], value_and_bounds(row), str(row["n"])] for row in select(law, run=run)]
+        parts.append(markdown_table(["quantity", "value and interval", "from"], lines))
         head = ["method", "reward", "gold", "KL", "ended", "reward minus ppo", "gold minus ppo"]
-        parts.append(markdown_table(head, [result_cells(row) for row in results]))
-    costs = cost_rows(run)
-    together = sum(row["seconds"] for row in costs)
-    peak = max(row["peak_gb"] for row in costs)
-    lines = [[row["stage"], f"{row['seconds']:.0f}", f"{row['peak_gb']:.1f}"] for row in costs]
-    lines.append(["together", f"{together:.0f}", f"{peak:.1f}"])
-    parts.append(markdown_table(["stage", "seconds", "peak GB"], lines))
-    if results and is_world(run):
-        parts.append(fenced(samples_text(evaluations(run), "gold")))
-    return "\n\n".join(parts)
+        parts.append(markdown_table(head, [result_cells(row) for row in select(results, run=run)]))
+        lines = [[row["stage"], f"{row['seconds']:.0f}", f"{row['peak_gb']:.1f}"] for row in select(costs, run=run)]
+        parts.append(markdown_table(["stage", "seconds", "peak GB"], lines))
+    commands = fenced("\n".join(COMMANDS.values()))
+    return "\n\n".join([*parts, f"## How to make them\n\n{commands}\n\n{WEIGHTS}"])
 
 
 WEIGHTS = """What ran, ran in fp32 with one thread, on a machine with 2 cores (AMD EPYC, AVX2, no bf16) that had other
@@ -369,70 +340,38 @@ the same file, and lacks SmolLM2's rule that splits numbers into digits, which w
 HuggingFaceTB/SmolLM2-135M-Instruct` is the same model with all its bits."""
 
 
-def stages_of(run: Path) -> list[str]:
-    """All stages of a run, finished or not, by its config."""
-    methods = read_json(run / "config.json")["run"]["methods"].split(",")
-    return [name for name in STAGES if name not in METHODS or name in methods]
-
-
-def other_settings(run: Path) -> list[str]:
-    """['reward.epochs 2', ...]: settings of a run that its command doesn't say. Folders and files may differ."""
-    _, _, config = parse_command_line(COMMANDS[run.name].split()[3:])
-    wanted = asdict(config)
-    other = []
-    for group, knobs in read_json(run / "config.json").items():
-        for name, value in knobs.items():
-            if name not in ("out", "device", "name", "dataset") and wanted[group][name] != value:
-                other.append(f"{group}.{name} {value}")
-    return other
-
-
-def law_cells(row: dict) -> list[str]:
-    value = row["value"]
-    interval = "" if row["low"] == "" else f"{row['low']:.3g} to {row['high']:.3g}"
-    return [f"{value:.3g}" if isinstance(value, float) else str(value), interval, str(row["n"])]
-
-
 def result_cells(row: dict) -> list[str]:
     def cell(name: str, sign: str = "") -> str:
         return "" if row[name] == "" else plus_minus((row[name], row[f"{name}_half"]), 2, sign)
 
-    ended = f"{row['ended']:.0%} [{100 * row['ended_low']:.0f}, {100 * row['ended_high']:.0f}]"
     means = [cell(name) for name in ("reward", "gold", "kl")]
     gaps = [cell(f"{name}_minus_ppo", "+") for name in ("reward", "gold")]
-    return [STYLES[row["method"]].title, *means, ended, *gaps]
+    return [STYLES[row["method"]].title, *means, f"{row['ended']:.0%}", *gaps]
 
 
-def plot_run(run: Path, path: Path) -> None:
-    """Reward, gold (or KL) and the variance ratio over iterations; the SFT policy's rewards against their baselines."""
-    figure, axes = panels(2, 2, 9, 6.8)
-    metrics = metrics_of(run)
-    second = ("gold", "True (gold) reward") if is_world(run) else ("kl_k3", "KL from the SFT policy, nats")
-    for axis, (key, title) in zip(axes, (("reward", "Reward model's score"), second)):
-        for method, steps in metrics.items():
-            plot_curve(axis, method, smooth([step[key] for step in steps]))
-        describe(axis, title, "PPO iteration", "mean of 5 iterations")
-    if metrics:
-        axes[0].legend(fontsize=8)
-    if "baselines" in finished_stages(run):
-        rewards, ended = baseline_rewards(read_jsonl(run / "baselines" / "baselines.jsonl"))
-        plot_variance_ratio(axes[2], metrics, rewards)
-        plot_scatter(axes[3], rewards, ended)
-    model = Path(read_json(run / "config.json")["model"]["name"]).name
-    figure.suptitle(f"{model} on {TITLES[run.name]}: one seed", fontsize=11)
-    save_figure(figure, path)
+def plot_run(figures: Path, run: str) -> Figure:
+    """Reward, gold (or KL), and the variance ratio over iterations."""
+    curves = select(read_results(figures, "real_curves"), run=run)
+    predicted, *_ = select(read_results(figures, "real_law"), run=run, quantity="predicted Var(r - b) / Var(r)")
+    figure, (left, middle, right) = panels(1, 3, 12, 3.8)
+    second = "kl_k3" if curves[0]["gold"] == "" else "gold"
+    for axis, key in ((left, "reward"), (middle, second)):
+        for method in distinct(curves, "method"):
+            plot_curve(axis, method, smooth([step[key] for step in select(curves, method=method)]))
+        describe(axis, CURVES[key], "PPO iteration", "mean of 5 iterations")
+    left.legend(fontsize=8)
+    plot_variance_ratio(right, curves, predicted)
+    return finished(figure)
 
 
-def plot_variance_ratio(axis: Axes, metrics: dict[str, Rows], rewards: Tensor) -> None:
+def plot_variance_ratio(axis: Axes, curves: Rows, predicted: dict) -> None:
     """Var(r - c b) / Var(r) of each batch (points), over 5 iterations (lines), and what the law says of the start."""
-    law = measured_law(rewards)
-    k = rewards.shape[1]
-    ratio, (low, high) = predicted_ratio(law, k)
-    axis.axhspan(low, high, color="black", alpha=0.12, linewidth=0)
-    axis.axhline(ratio, color="black", linestyle=":", label=f"law, c = 1, at the start: {ratio:.2f}")
+    axis.axhspan(predicted["low"], predicted["high"], color="black", alpha=0.12, linewidth=0)
+    axis.axhline(predicted["value"], color="black", linestyle=":", label="law, c = 1, at the start")
     zero_line(axis, at=1)
     top = 2.0
-    for method, steps in metrics.items():
+    for method in distinct(curves, "method"):
+        steps = select(curves, method=method)
         if METHODS[method].contrast:
             raw = column(steps, "reward_variance").numpy()
             contrastive = column(steps, "contrastive_variance").numpy()
@@ -441,27 +380,7 @@ def plot_variance_ratio(axis: Axes, metrics: dict[str, Rows], rewards: Tensor) -
             axis.scatter(range(len(steps)), contrastive / raw, s=9, color=STYLES[method].color, alpha=0.4)
             plot_curve(axis, method, line)
     axis.set_ylim(0, top)
-    title = "Variance of the reward, with / without contrast"
-    describe(axis, title, "PPO iteration", "Var(r − c b) / Var(r)", legend="best")
-
-
-def plot_scatter(axis: Axes, rewards: Tensor, ended: Tensor) -> None:
-    """Each SFT response's reward against the mean of the others to its prompt; the slope is the share c* of these."""
-    k = rewards.shape[1]
-    law = measured_law(rewards)
-    share = best_share(law["rho"], k - 1)
-    x = leave_one_out(rewards.flatten(), k).view_as(rewards)
-    for mask, color, name in ((ended, BLUE, "ended"), (~ended, RED, "cut off")):
-        if mask.any():
-            label = f"{name}: {mask.float().mean():.0%}"
-            axis.scatter(x[mask].numpy(), rewards[mask].numpy(), s=7, color=color, alpha=0.4, label=label)
-    ends = torch.stack([x.min(), x.max()]).numpy()
-    middle = rewards.mean().item()
-    axis.plot(ends, middle + share * (ends - middle), color="black", label=f"slope c* = {share:.2f}")
-    axis.plot(ends, ends, color="black", linestyle=":", label="slope 1")
-    title = f"SFT responses: rho = {plus_minus((law['rho'], Z * law['rho_se']))}"
-    axis.grid(alpha=0.25)
-    describe(axis, title, f"mean reward of the {k - 1} others to its prompt", "reward of a response", legend="best")
+    describe(axis, "Variance with / without contrast", "PPO iteration", "Var(r − c b) / Var(r)", legend="best")
 
 
 # ------------------------------------------------------------------------------------------ real_seeds.md
@@ -494,14 +413,6 @@ def gains_by_seed(results: Rows, method: str, key: str) -> dict[int, Pair]:
 
 def real_seeds_report(figures: Path) -> str:
     parts = [seeds_law_table(read_all_seeds(figures, "law")), seeds_gains_table(read_all_seeds(figures, "results"))]
-    costs = read_all_seeds(figures, "cost")
-    for name in COMMANDS:
-        seconds = {}
-        for row in costs:
-            if row["run"][0] == name and row["run"][1] > 0:
-                seconds.setdefault(row["stage"], []).append(row["seconds"])
-        stages = ", ".join(f"{stage} {sum(values) / len(values):.0f}" for stage, values in seconds.items())
-        parts.append(f"{TITLES[name]}: mean seconds of a stage, seeds 1 on: {stages}.")
     return "\n\n".join([*parts, f"{NOTES}\n\n{fenced(seeded_command(1))}"])
 
 
@@ -517,7 +428,7 @@ def seeds_law_table(law: Rows) -> str:
 
 def value_and_bounds(row: dict) -> str:
     interval = "" if row["low"] == "" else f" [{row['low']:.2f}, {row['high']:.2f}]"
-    return f"{row['value']:.2f}{interval}"
+    return f"{row['value']:.2f}{interval}" if isinstance(row["value"], float) else str(row["value"])
 
 
 def seeds_gains_table(results: Rows) -> str:

@@ -32,7 +32,7 @@ def test_every_experiment_has_a_report_and_a_section():
         assert (FIGURES / f"{name}.png").exists() == (name in PICTURED)
 
 
-@pytest.mark.parametrize("name", [*figures.QUESTIONS, "real_seeds"])
+@pytest.mark.parametrize("name", [*figures.QUESTIONS, *figures.READERS])
 def test_a_table_is_made_from_its_csv(name):
     report = getattr(importlib.import_module(figures.load(name).__module__), f"{name}_report")
     assert (FIGURES / f"{name}.md").read_text() == report(FIGURES) + "\n"

@@ -80,7 +80,7 @@ def test_the_law_is_that_of_the_baselines(made):
     """Means 2 and 6, variance 2 within each: between 8 - 2/2 = 7, rho 7/9, ratio 2/9 * 3/2, c* = 7 / (7 + 2/2)."""
     law = law_of(made[0] / "figures")
     expected = {"between": 7, "within": 2, "rho": 7 / 9, "predicted Var(r - b) / Var(r)": 1 / 3, "best share c*": 7 / 8}
-    expected |= {"k": 2, "predicted Var(r - c* b) / Var(r)": 1 - 7 / 9 * 7 / 8, "pairs trained on": 7}
+    expected |= {"k": 2, "pairs trained on": 7}
     assert {name: law[name][0] for name in expected} == pytest.approx(expected, abs=1e-4)
     # of gold: (1 + 1, 1 - 1/2 - 1/2 ...) differ by 0.75 within a prompt, and the openings by 1 between prompts
     within, between = 0.75**2 / 2, 1 / 2 - 0.75**2 / 4
@@ -103,8 +103,11 @@ def test_results_are_paired_with_plain_ppo(made):
     results = {(row["run"], row["method"]): row for row in read_csv(made[0] / "figures" / "real_results.csv")}
     row = results["real_hh", "contrastive"]
     assert (row["reward"], row["reward_minus_ppo"], row["reward_minus_ppo_half"]) == ("2.75", "1.25", "0.7956")
-    assert (row["ended"], row["ended_low"], row["ended_high"]) == ("0.75", "0.3006", "0.9544")
-    assert row["gold"] == row["gold_minus_ppo"] == "" and results["real_reviews", "ppo"]["gold"] == "0.0"
+    assert (
+        row["ended"] == "0.75"
+        and row["gold"] == row["gold_minus_ppo"] == ""
+        and results["real_reviews", "ppo"]["gold"] == "0.0"
+    )
     assert results["real_hh", "ppo"]["reward_minus_ppo"] == ""
     assert "| contrastive PPO | 2.75 ± " in made[1] and "| +1.25 ± 0.80 |" in made[1]
 
@@ -115,23 +118,22 @@ def test_curves_costs_and_figures(made):
     assert curves[0]["gold"] == "-1.0" and curves[-1]["gold"] == ""
     costs = read_csv(made[0] / "figures" / "real_cost.csv")
     assert costs[0] == {"run": "real_reviews", "stage": "data", "seconds": "10.0", "peak_gb": "2.5"}
-    assert "| together | 108 | 2.5 |" in made[1]
+    assert "| data | 10 | 2.5 |" in made[1] and "| rho | 0.78 [" in made[1]
     assert (made[0] / "figures" / "real_reviews.png").exists() and (made[0] / "figures" / "real_hh.png").exists()
 
 
 def test_texts_of_a_dataset_are_never_shown(made):
     folder, text = made
-    assert SECRET not in text.partition("## real_hh")[2] and SECRET in text  # the reviews' samples are shown
+    assert SECRET not in text
     assert not any(SECRET in file.read_text() for file in (folder / "figures").glob("*.csv"))
 
 
-def test_a_run_that_is_not_finished_shows_what_it_has(tmp_path):
+def test_a_run_that_is_not_finished_is_left_out(tmp_path):
     write_run(tmp_path / "real_hh", "hh.jsonl.gz", [SECRET, SECRET], STAGES[:4])
+    write_run(tmp_path / "real_reviews", "reviews", ["i loved the plot .", "i hated the plot ."])
     text = R.real(study("real", tmp_path))
-    assert "Not finished: baselines, ppo, contrastive, evaluation. Made with other settings than its command" in text
-    assert "below: data.max_response_tokens 9, ppo.batch_size 4." in text and "real_reviews:" not in text
-    assert list(law_of(tmp_path / "figures", "real_hh")) == ["pairs trained on", "held-out pairs ordered as by labels"]
-    assert not (tmp_path / "figures" / "real_results.csv").exists() and (tmp_path / "figures" / "real_hh.png").exists()
+    assert "## real_reviews" in text and "## real_hh" not in text
+    assert not (tmp_path / "figures" / "real_hh.png").exists()
 
 
 def test_without_runs_one_line_says_how_to_make_them(tmp_path):
@@ -173,5 +175,4 @@ def test_other_seeds_stand_beside_the_first(tmp_path):
     assert f"| contrastive PPO | reward | {cells} |" in text and text.count("| film reviews |") == 3
     assert "| HH-RLHF, harmless | 1 | 0.80 [0.49, 0.94] |  | 0.78 [" in text and "| HH-RLHF, harmless | 2 |" not in text
     assert "adaptive |" not in text and SECRET not in text
-    assert "HH-RLHF, harmless: mean seconds of a stage, seeds 1 on: data 10, sft 11, preferences 12, " in text
     assert len(read_csv(figures / "real_seeds_results.csv")) == 6 and (figures / "real_seeds.png").exists()
