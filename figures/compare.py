@@ -63,7 +63,7 @@ def compare_report(figures: Path, name: str = "compare") -> str:
 
 
 def carried_table(figures: Path, rows: Rows) -> str:
-    """For each method the cell that the search chose, and gold there: on the seeds of the search, and on fresh ones."""
+    """For each method gold in the cell that the search chose: on the seeds of the search, and on fresh ones."""
     searched = read_results(figures, "sweep")
     lines = []
     for setting, method in labels_of(rows):
@@ -71,9 +71,8 @@ def carried_table(figures: Path, rows: Rows) -> str:
         cell = best_cell(figures, method, sd)
         then = interval(searched, cell_name(searched_sd(method, sd), cell), method)[0]
         fresh = interval(rows, setting, method)[0]
-        kl = interval(rows, setting, method, "kl")[0]
-        lines.append([setting, method, *(f"{value:g}" for value in cell), f"{then:.3f}", f"{fresh:.3f}", f"{kl:.1f}"])
-    head = ["rewards", "method", "learning rate", "KL price (beta)", "epochs", "gold then", "gold on fresh seeds", "KL"]
+        lines.append([setting, method, f"{then:.3f}", f"{fresh:.3f}"])
+    head = ["rewards", "method", "gold then", "gold on fresh seeds"]
     return markdown_table(head, lines)
 
 

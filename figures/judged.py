@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from crlhf import evaluate
 from crlhf.engine.files import read_jsonl, stream
-from crlhf.evaluate import column, mean_interval
+from crlhf.evaluate import column, compare, mean_interval
 from crlhf.pipeline.tables import markdown_table
 
 from .bases import Seeds, base_folder
@@ -140,17 +139,14 @@ def calibrated(bases: list[Rows]) -> float:
 
 
 def margins(rows: Rows, others: Rows, beta: float, draw: torch.Generator) -> dict[str, float]:
-    """Difference in mean gold, and win, tie and loss by each judge, of two policies' responses to the same prompts."""
+    """Difference in mean gold, and wins minus losses by each judge, of two policies' responses to the same prompts."""
     gold = column(rows, "gold") - column(others, "gold")
     reward = column(rows, "reward") - column(others, "reward")
-    kl = column(rows, "kl") - column(others, "kl")
     differ = torch.tensor([a["response"] != b["response"] for a, b in zip(rows, others)])
     chosen = torch.rand(len(gold), generator=draw, dtype=torch.float64) < (beta * gold).sigmoid()
-    result = {"difference": gold.mean().item(), "kl_gap": kl.mean().item()}
+    result = {"difference": gold.mean().item()}
     for judge, verdict in (("gold", gold), ("reward", reward), ("noisy", (chosen.double() - 0.5) * differ)):
-        shares = evaluate.compare(verdict, torch.zeros_like(verdict))
-        for share in ("win", "tie", "loss"):
-            result[f"{judge}_{share}"] = shares[share]
+        shares = compare(verdict, torch.zeros_like(verdict))
         result[f"{judge}_margin"] = shares["win"] - shares["loss"]
     return result
 
@@ -190,17 +186,12 @@ def pairs_table(pairs: Rows) -> str:
             starts.append([name, f"{method} against {other}", gap])
             for judge in THREE:
                 margin = [100 * row[f"{judge}_margin"] for row in own]
-                cells.append(f"{shares_text(own, judge)}: {plus_minus(mean_interval(margin), 0, '+')}")
+                cells.append(plus_minus(mean_interval(margin), 0, "+"))
                 p_values.append(p_value(margin))
     cells = starred(cells, p_values)
     lines = [start + cells[3 * i : 3 * i + 3] for i, start in enumerate(starts)]
-    head = [f"{judge}: win / tie / loss: margin" for judge in THREE]
+    head = [f"{judge}: wins minus losses, points" for judge in THREE]
     return markdown_table(["rewards", "pair", "difference in gold", *head], lines)
-
-
-def shares_text(rows: Rows, judge: str) -> str:
-    """'41% / 28% / 31%' of wins, ties and losses, the mean over seeds."""
-    return " / ".join(f"{over_seeds(rows, f'{judge}_{share}')[0]:.0%}" for share in ("win", "tie", "loss"))
 
 
 def plot_judged(figures: Path) -> Figure:

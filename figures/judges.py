@@ -130,9 +130,8 @@ def judges_report(figures: Path) -> str:
     win_rates = markdown_table(["judge", "delta", *PROTOCOLS, "ties in both orders"], lines)
     lines = []
     for points in (5, 10, 20):
-        counts = [f"{pairs_needed(points / 100, ties):.0f}" for ties in (0.0, 0.3, 0.6)]
-        lines.append([str(points), *counts])
-    needed = markdown_table(["wins minus losses, points", "no ties", "30% ties", "60% ties"], lines)
+        lines.append([str(points), f"{pairs_needed(points / 100):.0f}"])
+    needed = markdown_table(["wins minus losses, points", "pairs without ties"], lines)
     return f"Win rate in per cent:\n\n{win_rates}\n\nPairs needed for a power of 80%:\n\n{needed}"
 
 

@@ -28,8 +28,8 @@ from crlhf.reward import train_reward_model
 
 from .bases import base_folder, prepare_bases
 from .harness import Label, Study
-from .plotting import BLUE, GREY, RED, Figure, describe, finished, panels, plot_points, plot_rows
-from .runs import default, open_run, sample_texts
+from .plotting import BLUE, RED, Figure, describe, finished, panels, plot_rows
+from .runs import open_run, sample_texts
 from .tables import Rows, Values, one_value_rows, read_results
 
 RESPONSES = 16  # of the SFT policy, to each held-out prompt
@@ -41,7 +41,7 @@ PAIRS = {  # of models that are compared, by what the second one has that the fi
     "two halves": ("one half", "other half"),
     "other pipeline": ("as it is", "other pipeline"),
 }
-INJECTED = {f"sd {sd:g}": sd for sd in (0.1, 0.25, 0.5, 1.0, 2.0)}  # for comparison: rho with a constant of this sd
+INJECTED = 1.0  # sd of a constant that is added, for comparison
 COLUMNS = ("kind", "name", "quantity")
 OWN, PARTNER = ("own", "base"), ("partner", "base")  # the two pipelines that a seed looks at
 
@@ -81,9 +81,8 @@ def measure_offsets(seed: int, bases: dict[Label, Path]) -> Rows:
         measured["disagreement", name] = split_disagreement(rewards[first] - rewards[second])
     for name in MODELS:
         measured["model", name] = against_gold(rewards[name], gold)
-    for name, sd in INJECTED.items():
-        noisy = NoisyReward(lambda x, y: rewards["as it is"].flatten(), sd, seed=seed)(prompts, responses)
-        measured["injected", name] = {"rho": measured_law(noisy.view(-1, RESPONSES))["rho"]}
+    noisy = NoisyReward(lambda x, y: rewards["as it is"].flatten(), INJECTED, seed=seed)(prompts, responses)
+    measured["injected", f"sd {INJECTED:g}"] = {"rho": measured_law(noisy.view(-1, RESPONSES))["rho"]}
     places = {}
     for (kind, name), quantities in measured.items():
         places |= {(kind, name, quantity): value for quantity, value in quantities.items()}
@@ -138,7 +137,6 @@ def against_gold(rewards: Tensor, gold: Tensor) -> dict[str, float]:
         "rho": measured_law(rewards)["rho"],
         "correlation": torch.corrcoef(levels)[0, 1].item(),
         "offset": max(offset, 0.0) ** 0.5,
-        "sd": rewards.std().item(),
     }
 
 
@@ -157,33 +155,24 @@ def natural_report(figures: Path) -> str:
         [name, *(values.text("disagreement", name, part) for part in ("level", "rest", "share"))] for name in PAIRS
     ]
     split = markdown_table(["disagreement with", "sd of the level", "sd within a prompt", "the level's share"], lines)
-    quantities = ("sd", "rho", "correlation", "offset")
+    quantities = ("rho", "correlation", "offset")
     lines = [[name, *(values.text("model", name, quantity) for quantity in quantities)] for name in MODELS]
-    head = ["reward model", "sd of the reward", "rho", "its level against gold's", "sd of the offset that isn't gold"]
+    head = ["reward model", "rho", "its level against gold's", "sd of the offset that isn't gold"]
     levels = markdown_table(head, lines)
-    lines = [[name, values.text("injected", name, "rho")] for name in INJECTED]
-    return "\n\n".join([split, levels, markdown_table(["injected constant", "rho"], lines)])
+    name = f"sd {INJECTED:g}"
+    injected = f"Rho with a constant of {name}: {values.text('injected', name, 'rho')}."
+    return "\n\n".join([split, levels, injected])
 
 
 def plot_natural(figures: Path) -> Figure:
-    """Left: what reward models disagree about. Right: rho as they come, and with a constant added."""
+    """What reward models disagree about."""
     values = Values(read_results(figures, "natural"), *COLUMNS)
-    figure, (left, right) = panels(1, 2, 11, 4.2)
+    figure, (axis,) = panels(1, 1, 7, 3.6)
     names = list(PAIRS)[::-1]
     for part, color, label in (("level", RED, "common to a prompt"), ("rest", BLUE, "within a prompt")):
         pairs = [values.mean("disagreement", name, part) for name in names]
-        plot_rows(left, range(len(names)), pairs, color=color, label=label)
-    left.set_yticks(range(len(names)), names)
-    left.set_xlim(0)
-    describe(left, "What two reward models disagree about", "sd of the disagreement", legend="best")
-    x = range(len(MODELS))
-    pairs = [values.mean("model", name, "rho") for name in MODELS]
-    plot_points(right, x, pairs, color=BLUE, linestyle="none", label="as a reward model comes")
-    x = range(len(MODELS), len(MODELS) + len(INJECTED))
-    pairs = [values.mean("injected", name, "rho") for name in INJECTED]
-    plot_points(right, x, pairs, color=RED, linestyle="none", label="with a constant added, by its sd")
-    right.axhline(1 / (default("baselines.k") + 1), color=GREY, linestyle=":", label="break-even at k = 4")
-    right.set_xticks(range(len(MODELS) + len(INJECTED)), [*MODELS, *INJECTED], rotation=40, ha="right", fontsize=8)
-    right.set_ylim(0, 1)
-    describe(right, "Share of the reward's variance between prompts", y="rho", legend="best")
+        plot_rows(axis, range(len(names)), pairs, color=color, label=label)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_xlim(0)
+    describe(axis, "What two reward models disagree about", "sd of the disagreement", legend="best")
     return finished(figure)

@@ -28,12 +28,10 @@ def panels(rows: int, columns: int, width: float, height: float, **shared: objec
     return figure, list(axes.flat)
 
 
-def finished(figure: Figure, title: str = "", size: int = 11) -> Figure:
-    """The figure with its title, and a grid in every panel."""
+def finished(figure: Figure) -> Figure:
+    """The figure with a grid in every panel."""
     for axis in figure.axes:
         axis.grid(alpha=0.25)
-    if title:
-        figure.suptitle(title, fontsize=size)
     return figure
 
 
@@ -60,11 +58,6 @@ def zero_line(axis: Axes, at: float = 0.0) -> None:
 
 def zero_column(axis: Axes) -> None:
     axis.axvline(0, color="black", linewidth=0.8)
-
-
-def break_even_line(axis: Axes, k: int, label: str) -> None:
-    """The rho above which contrast with k baselines lowers the variance."""
-    axis.axvline(1 / (k + 1), color=GREY, linestyle=":", label=label)
 
 
 def plot_points(axis: Axes, x: Iterable[float], pairs: Iterable[Pair], **style: object) -> None:

@@ -47,12 +47,9 @@ DRAWS = 2000  # of a bootstrap
 COMPARED = ("contrastive", "adaptive")  # with plain PPO, over the seeds
 SEEDS_LAW = {  # the columns of real_seeds' first table: title -> quantity
     "pairs right, by labels": "held-out pairs ordered as by labels",
-    "by gold": "held-out pairs ordered as by gold",
     "rho": "rho",
     "predicted ratio": "predicted Var(r - b) / Var(r)",
     "last 10 iterations": "contrastive: measured ratio, last 10 iterations",
-    "c*": "best share c*",
-    "share in the end": "adaptive: coefficient, last 10 iterations",
 }
 Interval = tuple[float | str, float | str]  # (low, high) of 95%; empty where there is none
 
@@ -316,7 +313,6 @@ def real_report(figures: Path) -> str:
     """The tables of each run, and how to make the runs."""
     law = read_results(figures, "real_law")
     results = read_results(figures, "real_results")
-    costs = read_results(figures, "real_cost")
     parts = []
     for run in distinct(law, "run"):
         parts.append(f"## {run}: {TITLES[run]}\n\nOne seed. Intervals are 95%.")
@@ -324,8 +320,6 @@ def real_report(figures: Path) -> str:
         parts.append(markdown_table(["quantity", "value and interval", "from"], lines))
         head = ["method", "reward", "gold", "KL", "ended", "reward minus ppo", "gold minus ppo"]
         parts.append(markdown_table(head, [result_cells(row) for row in select(results, run=run)]))
-        lines = [[row["stage"], f"{row['seconds']:.0f}", f"{row['peak_gb']:.1f}"] for row in select(costs, run=run)]
-        parts.append(markdown_table(["stage", "seconds", "peak GB"], lines))
     commands = fenced("\n".join(COMMANDS.values()))
     return "\n\n".join([*parts, f"## How to make them\n\n{commands}\n\n{WEIGHTS}"])
 

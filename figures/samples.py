@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
-from crlhf.engine.files import read_json
-from crlhf.pipeline.tables import markdown_table
-
 from .contenders import at
 from .harness import Study, results
 from .plotting import Figure, describe, finished, panels, plot_intervals, zero_line
-from .tables import endpoints_report, interval, read_results, results_table
+from .tables import endpoints_report, read_results, results_table
 
 KS = (1, 4, 16)
 CONSTANTS = (0.0, 0.5, 1.0)
@@ -33,26 +30,15 @@ def samples(study: Study) -> str:
             variants[setting, "ppo"] = at("ppo", constant)
             variants[setting, "contrastive"] = at("contrastive", {"baselines.k": k})  # a constant cancels
             variants[setting, "adaptive"] = at("adaptive", {"baselines.k": k, **constant})
-    runs = study.run(variants)
-    rows = results(runs)
-    for row in rows:
-        out = runs[(row["setting"], row["method"]), row["seed"]]
-        row["baseline_seconds"] = read_json(out / "baselines" / "variance.json")["seconds"]
-    study.write(rows)
+    study.write(results(study.run(variants)))
     return study.answer(samples_report, plot_samples)
 
 
 def samples_report(figures: Path) -> str:
     rows = read_results(figures, "samples")
-    lines = []
-    for k in KS:
-        setting = f"sd 0, k = {k}"
-        seconds = interval(rows, setting, "contrastive", "baseline_seconds")[0]
-        lines.append([str(k), f"{seconds:.1f}"])
-    head = ["k", "seconds of sampling"]
     heading = "constant, samples"
-    parts = [results_table(rows, heading), endpoints_report(rows, ("contrastive", "adaptive"), heading)]
-    return "\n\n".join([*parts, f"Without a constant:\n\n{markdown_table(head, lines)}"])
+    methods = ("contrastive", "adaptive")
+    return f"{results_table(rows, heading)}\n\n{endpoints_report(rows, methods, heading)}"
 
 
 def plot_samples(figures: Path) -> Figure:

@@ -6,14 +6,13 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from crlhf.pipeline.pipeline import Pipeline
-from crlhf.pipeline.tables import markdown_table
 
 from .bases import UPSTREAM, Change, change_bases
 from .contenders import CONTENDERS
 from .harness import Study, Variant, curves, results
 from .plotting import Figure, describe, finished, panels, plot_bands, plot_intervals
 from .runs import default
-from .tables import distinct, interval, methods_of, read_results, results_table, settings_of
+from .tables import distinct, read_results, results_table
 
 REWARD_SCALES = (0.1, 1.0, 10.0)
 WAYS = {
@@ -64,15 +63,7 @@ def scale_scores(pipeline: Pipeline, factor: float) -> None:
 
 def scale_report(figures: Path) -> str:
     rows = read_results(figures, "scale")
-    lines = []
-    for method in WAYS:
-        kls = []
-        for setting in settings_of(rows):
-            known = method in methods_of(rows, setting)
-            kls.append(f"{interval(rows, setting, method, 'kl')[0]:.1f}" if known else "")
-        lines.append([method, *kls])
-    kl_table = markdown_table(["method", *settings_of(rows)], lines)
-    return f"{results_table(rows, 'reward')}\n\nKL at the end:\n\n{kl_table}"
+    return results_table(rows, "reward")
 
 
 def plot_scale(figures: Path) -> Figure:
@@ -88,4 +79,4 @@ def plot_scale(figures: Path) -> Figure:
     plot_bands(right, read_results(figures, "scale_curves"), "reward x 1", "scale", window=1)
     describe(right, x="PPO iteration", y="scale alpha, at reward x 1")
     right.legend(*left.get_legend_handles_labels(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return finished(figure, "What the scale of the reward does to KL and gold, with and without a dynamic scale")
+    return finished(figure)

@@ -21,8 +21,8 @@ from crlhf.pipeline.tables import markdown_table
 
 from .estimators import fit_line
 from .harness import Study
-from .plotting import BLUE, GREY, RED, Axes, Figure, describe, finished, panels, plot_points
-from .tables import Rows, distinct, plus_minus, read_results, select
+from .plotting import BLUE, RED, Axes, Figure, describe, finished, panels, plot_points
+from .tables import Rows, plus_minus, read_results, select
 
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)  # of e0 and of e1
 PROMPTS, SAMPLES = 1024, 64  # samples: of the policy, and as many baselines
@@ -186,10 +186,9 @@ def measured_cells(cell: Cell) -> tuple[str, str]:
 
 def plot_theorem(figures: Path) -> Figure:
     rows = read_results(figures, "theorem")
-    figure, (left, middle, right) = panels(1, 3, 11, 3.9)
+    figure, (left, right) = panels(1, 2, 9, 3.9)
     slopes = cells_of(rows, "grid", "slope")
     intercepts = cells_of(rows, "grid", "intercept")
-    fooled = cells_of(rows, "feature", "contrast without progress")
 
     left.plot([0, 1], [0, 1], color="black", linewidth=0.8, label="theorem")
     plot_cells(left, [cell.predicted for cell in slopes], slopes, color=BLUE, label="contrastive, measured")
@@ -197,32 +196,17 @@ def plot_theorem(figures: Path) -> Figure:
 
     x = [cell.e0 + 0.08 * (cell.e1 - 0.25) for cell in intercepts]  # sets cells of one e0 side by side
     raw = {"color": RED, "marker": "s", "label": "raw reward"}
-    plot_cells(middle, x, cells_of(rows, "grid", "raw intercept"), markersize=3, capsize=0, **raw)
-    plot_cells(middle, x, intercepts, markersize=3, capsize=0, color=BLUE, label="contrastive")
-    middle.plot([0, 0.5], [0, 0.5], color="black", linewidth=0.8)
-    middle.plot([0, 0.5], [0, 0], color="black", linewidth=0.8)
+    plot_cells(right, x, cells_of(rows, "grid", "raw intercept"), markersize=3, capsize=0, **raw)
+    plot_cells(right, x, intercepts, markersize=3, capsize=0, color=BLUE, label="contrastive")
+    right.plot([0, 0.5], [0, 0.5], color="black", linewidth=0.8)
+    right.plot([0, 0.5], [0, 0], color="black", linewidth=0.8)
     asked = "e0: rate of failures reported as successes"
-    describe(middle, "The offset that remains", asked, "reported at a clean value of 0")
+    describe(right, "The offset that remains", asked, "reported at a clean value of 0")
 
-    x = [cell.feature - SEEN for cell in fooled]
-    right.plot(x, [cell.predicted for cell in fooled], color="black", linewidth=0.8, label="0.25 Δq")
-    right.axhline(0, color=GREY, linestyle=":", label="theorem")
-    plot_cells(right, x, fooled, color=BLUE, label="contrastive, measured")
-    asked = "Δq: how much more often the policy\nshows what the judge falls for"
-    describe(right, "Errors that depend on y: it fails", asked, "contrast reported for no progress")
-    for axis in (left, middle, right):
-        axis.title.set_fontsize(10)
+    for axis in (left, right):
         axis.legend(fontsize=8)
-    return finished(figure, title_of(slopes, intercepts, fooled, len(distinct(rows, "seed"))))
+    return finished(figure)
 
 
 def plot_cells(axis: Axes, x: list[float], cells: list[Cell], **style: object) -> None:
     plot_points(axis, x, [(cell.mean, cell.half) for cell in cells], **{"linestyle": "", **style})
-
-
-def title_of(slopes: list[Cell], intercepts: list[Cell], fooled: list[Cell], n_seeds: int) -> str:
-    return (
-        f"Errors that depend on prompt and truth leave (1 − e0 − e1) of the contrast (to {largest_error(slopes):.3f}) "
-        f"and no offset (to {largest_error(intercepts):.3f});\nerrors that depend on the response can report "
-        f"{fooled[-1].mean:+.2f} for no progress ({n_seeds} seeds, 95% intervals)"
-    )

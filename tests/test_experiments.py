@@ -333,13 +333,9 @@ def test_margins_by_hand():
     """Gold: two wins, a loss, a tie. Reward: all lost but the last, where the responses are equal."""
     a, b = rows_of([1.0, 2.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0]), rows_of([0.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0])
     found = judged.margins(a, b, 1e9, stream(0, "judge"))
-    assert found["difference"] == 0.5 and (found["gold_win"], found["gold_tie"], found["gold_loss"]) == (
-        0.5,
-        0.25,
-        0.25,
-    )
+    assert found["difference"] == 0.5 and found["gold_margin"] == 0.25
     assert found["reward_margin"] == -0.75
-    assert found["noisy_margin"] == 0.25 and found["noisy_tie"] == 0.25  # so sure a judge is gold
+    assert found["noisy_margin"] == 0.25  # so sure a judge is gold
 
 
 def test_noisy_judge_agrees_with_gold_as_often_as_asked():
@@ -349,7 +345,7 @@ def test_noisy_judge_agrees_with_gold_as_often_as_asked():
     gold = torch.tensor([row["gold"] for row in base])
     a, b = (rows_of(part.tolist(), part.tolist()) for part in (gold[:500], gold[500:1000]))
     agree = sum(
-        judged.margins(a[i : i + 1], b[i : i + 1], beta, g)["noisy_win"] == (gold[i] > gold[500 + i])
+        (judged.margins(a[i : i + 1], b[i : i + 1], beta, g)["noisy_margin"] > 0) == (gold[i] > gold[500 + i])
         for i in range(500)
     )
     assert agree / 500 == pytest.approx(judged.AGREEMENT, abs=0.06)

@@ -118,7 +118,7 @@ def test_curves_costs_and_figures(made):
     assert curves[0]["gold"] == "-1.0" and curves[-1]["gold"] == ""
     costs = read_csv(made[0] / "figures" / "real_cost.csv")
     assert costs[0] == {"run": "real_reviews", "stage": "data", "seconds": "10.0", "peak_gb": "2.5"}
-    assert "| data | 10 | 2.5 |" in made[1] and "| rho | 0.78 [" in made[1]
+    assert "| rho | 0.78 [" in made[1]
     assert (made[0] / "figures" / "real_reviews.png").exists() and (made[0] / "figures" / "real_hh.png").exists()
 
 
@@ -173,6 +173,6 @@ def test_other_seeds_stand_beside_the_first(tmp_path):
     text = R.real_seeds(study("real_seeds", tmp_path))
     cells = " | ".join(["+1.25 ± 0.80"] * 3 + ["+1.25 ± 0.00"] * 2)
     assert f"| contrastive PPO | reward | {cells} |" in text and text.count("| film reviews |") == 3
-    assert "| HH-RLHF, harmless | 1 | 0.80 [0.49, 0.94] |  | 0.78 [" in text and "| HH-RLHF, harmless | 2 |" not in text
+    assert "| HH-RLHF, harmless | 1 | 0.80 [0.49, 0.94] | 0.78 [" in text and "| HH-RLHF, harmless | 2 |" not in text
     assert "adaptive |" not in text and SECRET not in text
     assert len(read_csv(figures / "real_seeds_results.csv")) == 6 and (figures / "real_seeds.png").exists()
