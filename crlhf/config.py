@@ -46,6 +46,9 @@ class RunConfig:
     precision: str = knob(
         "auto", "of matrix products: bf16 where a GPU has it, else fp32", choices=("auto", "fp32", "bf16")
     )
+    recorded: str = knob(
+        "auto", "sampling replays CUDA graphs (auto: on a CUDA GPU, for models that allow it)", choices=("auto", "no")
+    )
     methods: str = knob("ppo,contrastive,adaptive", f"what to train, comma separated, from {', '.join(METHODS)}")
     checkpoint_seconds: float = knob(20.0, "least time between two checkpoints of a stage (0: every step)", 0, 1e6)
     threads: int = knob(0, "CPU threads (0: as many as torch chooses)", 0, 256)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .engine.forward import Cache, Model, hidden_states, in_fp32, logits_and_states, sampling
+from .engine.forward import Model, hidden_states, in_fp32, logits_and_states, sampling
+from .engine.recorded import sampling_cache
 from .engine.text import Batch, Tokenizer, decode, pad_prompts
 
 # ------------------------------------------------------------------------------- log-probabilities, values
@@ -111,7 +112,7 @@ def sample(
     rows = torch.arange(N, device=prompt_ids.device)  # which responses are still being written
     alive = torch.ones_like(rows, dtype=torch.bool)  # and of these, which have not ended
     with sampling(model):
-        cache = Cache(model, prompt_mask, max_new_tokens)
+        cache = sampling_cache(model, prompt_mask, max_new_tokens, k)
         logits = cache.next_logits(prompt_ids)
         if k > 1:  # the k responses to a prompt share its pass
             logits = logits.repeat_interleave(k, 0)

@@ -16,6 +16,7 @@ from crlhf.engine.checkpoint import Job
 from crlhf.engine.files import stream
 from crlhf.engine.forward import compute_in, recompute_activations
 from crlhf.engine.models import frozen_copy
+from crlhf.engine.recorded import record_sampling
 from crlhf.engine.text import make_batch
 from crlhf.sft import train_sft
 
@@ -88,6 +89,23 @@ def test_one_seed_draws_the_same_responses_twice(build, tokenizer):
         generator = stream(0, "twice", device=models.policy.device)
         texts.append(P.generate(models.policy, tokenizer, PROMPTS, 12, generator=generator)[0])
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_recorded_sampling_draws_the_same(build, dtype, tokenizer):
+    """As without a recording in fp32, and in bf16, where it rounds otherwise, at least as it drew the first time."""
+    model, lines = models_of(build, tokenizer, dtype).policy, []
+
+    def drawn():
+        generator = stream(0, "drawn", device=model.device)
+        return P.generate(model, tokenizer, PROMPTS, 40, temperature=3.0, generator=generator, k=4)[2].response_ids
+
+    expected = drawn()
+    record_sampling(model, lines.append)
+    ours = [drawn(), drawn()]
+    assert lines == [] and torch.equal(*ours)
+    if dtype == torch.float32:
+        assert torch.equal(ours[0], expected)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)

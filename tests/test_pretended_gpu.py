@@ -12,17 +12,19 @@ from crlhf import policy as P
 from crlhf import ppo
 from crlhf.__main__ import main
 from crlhf.baselines import sample_baselines
-from crlhf.config import BaselineConfig, ContrastiveConfig, DPOConfig, PPOConfig, RewardConfig, SFTConfig
+from crlhf.config import BaselineConfig, Config, ContrastiveConfig, DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from crlhf.contrastive import ContrastiveReward
 from crlhf.dpo import train_dpo
-from crlhf.engine import training
+from crlhf.engine import recorded, training
 from crlhf.engine.checkpoint import Job
 from crlhf.engine.files import stream
 from crlhf.engine.forward import autocast, compute_in, recompute_activations
 from crlhf.engine.gpt2 import product_dtype
 from crlhf.engine.models import frozen_copy, save, scalar_model
+from crlhf.engine.recorded import record_sampling
 from crlhf.engine.text import Batch
 from crlhf.evaluate import evaluate_policy
+from crlhf.pipeline.pipeline import Pipeline
 from crlhf.pipeline.rewards import ModelReward
 from crlhf.reward import train_reward_model
 from crlhf.sft import train_sft
@@ -112,6 +114,33 @@ def test_offline_baselines_read_the_gpu_once_every_four_tokens(kind, dtype, toke
     assert gpu.reads.total() - gpu.within["generate"] <= 2  # the rewards
 
 
+@pytest.mark.parametrize("recorded, device", [("auto", "cuda"), ("no", "cuda"), ("auto", "cpu")])
+def test_a_run_records_on_a_gpu_unless_it_is_told_not_to(recorded, device, tokenizer, gpu):
+    config = Config()
+    config.run.recorded = recorded
+    config.run.device = device
+    model = Pipeline(config).place(random_model(tokenizer))
+    assert hasattr(model, "recorder") == (recorded == "auto" and device == "cuda")
+
+
+def test_a_recorded_step_neither_reads_nor_copies_and_draws_the_same(kind, dtype, tokenizer, gpu):
+    def responses():
+        generator = stream(0, "draws", device=policy.device)
+        batch = P.generate(policy, tokenizer, PROMPTS, T, temperature=4.0, generator=generator, k=2)[2]
+        return batch.response_ids.tolist()
+
+    lines = []
+    policy = language_model(kind, tokenizer, dtype)
+    expected = responses()
+    record_sampling(policy, lines.append)
+    ours = [responses(), responses()]
+    assert lines == [] and policy.recorder.memory.is_cuda
+    assert ours[0] == ours[1]
+    if dtype == torch.float32:
+        assert ours[0] == expected
+    assert gpu.within["generate"] <= 3 * SAMPLING + 2 * recorded.TRIED_TOKENS
+
+
 @pytest.mark.parametrize(
     "method, critic, micro", [("ppo", "separate", 0), ("contrastive", "shared", 3), ("adaptive", None, 2)]
 )
@@ -138,7 +167,7 @@ def test_ppo_reads_the_gpu_at_the_end_of_an_update_and_for_its_log(
 def test_ppo_runs_in_bf16_and_starts_from_a_ratio_of_one(kind, tokenizer, tmp_path, gpu):
     policy, critic = language_model(kind, tokenizer, torch.bfloat16), torch.nn.Linear(32, 1).to("cuda")
     with autocast(policy):
-        assert product_dtype(CUDA) == torch.bfloat16
+        assert product_dtype(policy.lm_head.weight) == torch.bfloat16
     (row,) = run_ppo(policy, critic, tokenizer, tmp_path, micro=3)
     assert row["first_approx_kl"] == 0 and row["approx_kl"] > 0
     assert gpu.within["update"] <= 2 and gpu.within["generate"] <= 2 * SAMPLING
@@ -167,7 +196,8 @@ def test_a_whole_run_goes_through_on_the_gpu(tmp_path, gpu, capsys):
     arguments += "--ppo-iterations 2 --ppo-batch-size 8 --ppo-minibatches 2 --methods contrastive,dpo --device cuda "
     arguments += f"--checkpoint-seconds 0 --out {tmp_path}"
     assert main(arguments.split()) == 0
-    assert "win / tie / loss" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "win / tie / loss" in output and "not recorded" not in output
     assert [place for place in gpu.reads if place.startswith("transformers") and "save_pretrained" not in place] == []
 
 

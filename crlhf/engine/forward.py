@@ -166,7 +166,8 @@ class Cache:
             head_size = config.n_embd // config.n_head
             size = (config.n_layer, 2, B, config.n_head, self.length, head_size)
             with autocast(model):
-                self.store = torch.zeros(size, device=prompt_mask.device, dtype=product_dtype(prompt_mask.device))
+                dtype = product_dtype(model.transformer.wte.weight)
+            self.store = torch.zeros(size, device=prompt_mask.device, dtype=dtype)
         else:
             self.library = OneTypeCache(config=config)
             takes = inspect.signature(model.forward).parameters

@@ -24,27 +24,41 @@ def is_lean(model: Model) -> bool:
     )
 
 
-def product_dtype(device: torch.device) -> torch.dtype:
-    """In which precision matrix products come out here."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return torch.float32
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """In which precision matrix products with such a weight come out here."""
+    kind = weight.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
 
 
 def lean_states(
-    trunk: nn.Module, ids: Tensor, mask: Tensor, position_ids: Tensor, last: int, store: Tensor | None = None
+    trunk: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    position_ids: Tensor,
+    last: int,
+    store: Tensor | None = None,
+    column: Tensor | None = None,
 ) -> Tensor:
     """Hidden states after the final norm of the `last` columns: (B, n) new ids -> (B, last, D).
 
     mask: (B, L) bool over all L columns so far, of which the ids are the last n.
     store: keys and values of a cache, (layers, 2, B, heads, length, size); without one n = L.
+    column: (1,), where the keys and values of a single new id go in a recorded step. The mask then has all `length`
+        columns, and says itself that this one is seen and later ones are not. Without it they go behind the others'.
     The final block computes keys and values of all columns, and the rest only of those that are asked for.
     """
     n = ids.shape[1]
-    start = mask.shape[1] - n
     length = n if store is None else store.shape[4]
     x = F.embedding(ids, trunk.wte.weight) + F.embedding(position_ids, trunk.wpe.weight)
-    hidden = hiding_mask(mask, n, length, product_dtype(ids.device))
+    if column is None:
+        start = mask.shape[1] - n
+        seen = seen_mask(mask, n, length)
+    else:
+        start = column
+        seen = mask[:, None, None]
+    hidden = hiding_mask(seen, product_dtype(trunk.wte.weight))
     for number, block in enumerate(trunk.h):
         is_final = number == len(trunk.h) - 1
         block_store = None if store is None else store[number]
@@ -52,10 +66,9 @@ def lean_states(
     return norm(x, trunk.ln_f)
 
 
-def hiding_mask(mask: Tensor, n: int, length: int, dtype: torch.dtype) -> Tensor:
-    """`seen_mask` as numbers to add to the scores: 0 or -inf, (B, 1, n, length), made once for all layers."""
-    seen = seen_mask(mask, n, length)
-    zeros = torch.zeros(seen.shape, dtype=dtype, device=mask.device)
+def hiding_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as numbers to add to the scores: 0 where it is True, else -inf; made once for all layers."""
+    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return zeros.masked_fill_(~seen, float("-inf"))
 
 
@@ -76,7 +89,9 @@ def seen_mask(mask: Tensor, n: int, length: int) -> Tensor:
     return ((is_before & mask[:, None, :]) | is_itself)[:, None]
 
 
-def through_block(block: nn.Module, x: Tensor, hidden: Tensor, last: int, store: Tensor | None, start: int) -> Tensor:
+def through_block(
+    block: nn.Module, x: Tensor, hidden: Tensor, last: int, store: Tensor | None, start: int | Tensor
+) -> Tensor:
     """One transformer block, of which only the `last` columns are read: (B, n, D) -> (B, last, D).
 
     store: keys and values of this block's cache, (2, B, heads, L, size), or None; new ones go from column `start` on.
@@ -88,7 +103,9 @@ def through_block(block: nn.Module, x: Tensor, hidden: Tensor, last: int, store:
     return x + linear(activated, block.mlp.c_proj)
 
 
-def attention(block: nn.Module, x: Tensor, hidden: Tensor, last: int, store: Tensor | None, start: int) -> Tensor:
+def attention(
+    block: nn.Module, x: Tensor, hidden: Tensor, last: int, store: Tensor | None, start: int | Tensor
+) -> Tensor:
     """What the `last` columns attend to, all heads side by side: (B, n, D) -> (B, last, D). See `through_block`."""
     B, n, D = x.shape
     heads = block.attn.num_heads
@@ -96,13 +113,22 @@ def attention(block: nn.Module, x: Tensor, hidden: Tensor, last: int, store: Ten
     qkv = qkv.permute(2, 0, 3, 1, 4)
     query, key, value = qkv  # (B, heads, n, size) each
     if store is not None:
-        store[:, :, :, start : start + n] = qkv[1:]
+        write(store, qkv[1:], start)
     query = query[:, :, -last:]
     hidden = hidden[:, :, -last:]
     if store is not None and n == 1:  # all columns of the cache, those to come too, which are hidden
         key, value = store
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=hidden)
     return attended.transpose(1, 2).reshape(B, last, D)
+
+
+def write(store: Tensor, new: Tensor, start: int | Tensor) -> None:
+    """New keys and values, (2, B, heads, n, size), into the store's columns from `start` on. A recorded step has it as
+    a tensor, for the same kernels must write into another column each time; on CPUs that is slower."""
+    if isinstance(start, Tensor):
+        store.index_copy_(3, start, new)
+    else:
+        store[:, :, :, start : start + new.shape[3]] = new
 
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:

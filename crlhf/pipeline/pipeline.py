@@ -13,6 +13,7 @@ from ..engine.checkpoint import Job
 from ..engine.files import read_jsonl
 from ..engine.forward import Model, compute_in
 from ..engine.models import load_model, load_tokenizer, pick_device, pick_precision
+from ..engine.recorded import record_sampling
 from ..engine.text import Reward, Tokenizer
 from .output import show
 from .rewards import ModelReward, load_function_reward
@@ -51,7 +52,10 @@ class Pipeline:
 
     def place(self, model: Model) -> Model:
         """The model on this run's device, computing in its precision."""
-        return compute_in(model.to(self.device), self.precision)
+        model = compute_in(model.to(self.device), self.precision)
+        if self.config.run.recorded == "auto" and self.device.type == "cuda":
+            record_sampling(model, self.log)
+        return model
 
     # What a stage is given.
 
