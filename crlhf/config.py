@@ -194,6 +194,7 @@ class BenchmarkConfig:
     rounds: int = knob(5, "timed rounds", 1, 10_000)
     device: str = knob("auto", "where to compute: cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = knob("auto", "of matrix products: fp32 or bf16", choices=("auto", "fp32", "bf16"))
+    recorded: str = knob("auto", "our sampling replays CUDA graphs (auto: on a CUDA GPU)", choices=("auto", "no"))
     threads: int = knob(0, "CPU threads (0: as many as torch chooses)", 0, 256)
     against: str = knob("none", "trl: only compare with TRL's PPOTrainer (needs TRL 1.12.0)", choices=("none", "trl"))
 

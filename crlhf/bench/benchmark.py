@@ -17,7 +17,6 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import tokenizers
 import torch
@@ -31,6 +30,7 @@ from ..engine.files import stream
 from ..engine.forward import Model, autocast, compute_in
 from ..engine.models import frozen_copy, pick_device, pick_precision, random_scalar_model, tiny_model
 from ..engine.peak import peak_bytes, start_peak
+from ..engine.recorded import record_sampling
 from ..engine.text import Tokenizer, pad_prompts
 from ..engine.tokenizers import wrap
 from ..pipeline.options import Parser, add_options, read_settings
@@ -57,6 +57,7 @@ class Workload:
     minibatches: int = 4
     k: int = 4  # offline responses per prompt
     dtype: torch.dtype = torch.float32  # of matrix products
+    is_recorded: bool = False  # sampling replays CUDA graphs
 
 
 SIZES = {
@@ -95,7 +96,8 @@ class Setup:
         self.prompts = [self.tokenizer.decode(row) for row in ids]
 
     def ready(self, model: Model) -> Model:
-        return compute_in(model.to(self.device), self.work.dtype)
+        model = compute_in(model.to(self.device), self.work.dtype)
+        return record_sampling(model) if self.work.is_recorded else model
 
 
 def numbered_words(vocab: int) -> Tokenizer:
@@ -141,15 +143,14 @@ def train(setup: Setup, iterations: int = 1) -> list[dict]:
         lr=LR,
         critic_lr=LR,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        job = Job("ppo", Path(folder), max_response_tokens=setup.work.response, checkpoint_seconds=math.inf)
-        return train_ppo(setup.models, setup.reward, setup.prompts, config, job)
+    job = Job("ppo", max_response_tokens=setup.work.response)  # without a folder: nothing is saved
+    return train_ppo(setup.models, setup.reward, setup.prompts, config, job)
 
 
 def our_baselines(setup: Setup) -> None:
     """All baseline responses. The reward takes no time."""
     config = BaselineConfig(k=setup.work.k)
-    job = Job("baselines", None, max_response_tokens=setup.work.response)
+    job = Job("baselines", max_response_tokens=setup.work.response)
 
     def no_reward(prompts: list[str], responses: list[str]) -> Tensor:
         return torch.zeros(len(responses))
@@ -298,9 +299,10 @@ def baseline_table(work: Workload, device: torch.device, rounds: int) -> None:
 def trl_table(work: Workload, device: torch.device, rounds: int) -> None:
     """TRL runs on GPT-2 as it comes, and on our models, whose activation is already fused. It collects garbage twice an
     iteration, which is no work of PPO: the leanest way to run it is without that."""
-    plain = Setup(work, "separate", device)
+    theirs = replace(work, is_recorded=False)
+    plain = Setup(theirs, "separate", device)
     use_activation("gelu_new", plain.models.policy, plain.models.ref_policy, plain.models.critic, plain.reward.model)
-    fused = Setup(work, "separate", device)
+    fused = Setup(theirs, "separate", device)
     with tempfile.TemporaryDirectory() as folder:
         as_it_comes = trl_trainer(plain, folder)
         leanest = trl_trainer(fused, folder)
@@ -338,7 +340,8 @@ def main(arguments: list[str]) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     dtype = pick_precision(settings.precision, device)
-    work = replace(SIZES[settings.size], dtype=dtype)
+    is_recorded = settings.recorded == "auto" and device.type == "cuda"
+    work = replace(SIZES[settings.size], dtype=dtype, is_recorded=is_recorded)
     precision = str(dtype).removeprefix("torch.")
     print(f"{machine(device)}; size {settings.size}, {precision}, medians of {settings.rounds} rounds", flush=True)
     if settings.against == "trl":
