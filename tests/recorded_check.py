@@ -1,4 +1,4 @@
-"""Is recorded sampling right on this GPU, and how fast is it? `python -m crlhf.bench.recorded_check`
+"""Is recorded sampling right on this GPU, and how fast is it? `python -m tests.recorded_check`
 
 Four minutes at most; parts that don't fit in any more are left out. A part that fails prints its traceback, and the
 others go on. It prints one table, and as its last line all numbers as JSON. `--tiny` tries the script itself out, on
@@ -23,11 +23,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..engine.files import stream
-from ..engine.forward import Model, compute_in
-from ..engine.recorded import Step, cuda_graph, record_sampling, sampling_cache
-from ..pipeline.tables import markdown_table
-from ..policy import sample
+from crlhf.engine.files import stream
+from crlhf.engine.forward import Model, compute_in
+from crlhf.engine.recorded import Step, cuda_graph, record_sampling, sampling_cache
+from crlhf.pipeline.tables import markdown_table
+from crlhf.policy import sample
 
 SHAPES = {
     "smollm2": {
