@@ -80,6 +80,10 @@ def gae(
 
     V = 0 after the last token: the episode is over. returns = A + V are the critic's targets, formed here,
     before anything whitens A.
+
+    What lambda < 1 does with a level that V doesn't know: a constant b more in the reward adds (gamma lam)^(T-t) b to
+    A_t, so an action is paid more, the sooner the response ends after it. At lam = 1 every token gets the same b, and
+    E[grad log pi] = 0 makes it harmless. The same holds for every lam if V holds b, too: then A_t doesn't change.
     """
     values = values * response_mask
     rewards = rewards * response_mask
