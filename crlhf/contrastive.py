@@ -8,7 +8,7 @@ rewards improvement over the SFT policy.
 Does a baseline leave the goal alone? b depends on x alone, so with REINFORCE, with lambda = 1, or with a critic that
 knows b, the expected policy gradient is the same as with r. What changes is its variance, and everything in PPO that is
 not shift-invariant: a critic that lags, whitening over prompts, clipping, the size of the reward beside the KL penalty.
-With lambda < 1 and a critic that doesn't know b it is *not* the same. Then A_t holds (gamma lambda)^(T-t) b (see `gae`):
+With lambda < 1 and a critic that doesn't know b it is *not* the same. A_t then holds (gamma lambda)^(T-t) b, see `gae`:
 a level b > 0 pays for stopping early, b < 0 for going on, since T depends on y. That is bias, not variance. Contrast
 takes it away, and so do lambda = 1, a critic that starts at the level, or, for what is common to all prompts,
 subtracting one number. With c < 1 a share of it stays.

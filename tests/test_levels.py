@@ -49,7 +49,7 @@ def test_a_level_that_the_critic_knows_changes_nothing(lam):
 
 
 def test_the_gradient_at_lambda_0_is_known_in_closed_form():
-    """Then only the last token is paid: E[(1 - p) if stopped, else -p] = p (1 - p) sum_t (1 - p)^(t - 1), less the cut."""
+    """Then only the last token is paid: p (1 - p) sum_t (1 - p)^(t - 1), less what the cut takes."""
     reached = [(1 - STOP) ** t for t in range(20)]
     expected = sum(STOP * (1 - STOP) * share for share in reached) - STOP * (1 - STOP) ** 20
     assert stop_gradient(1.0, 0.0, 0.0) == pytest.approx(expected, rel=1e-9)
