@@ -35,7 +35,7 @@ from ..pipeline.options import Parser, add_options, from_dict, read_settings, va
 from ..pipeline.output import show
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.plan import Stage, file_stamps, fingerprint, make_plan, requirements
-from ..pipeline.rewards import guarded, load_function_reward
+from ..pipeline.rewards import guarded, label_number, load_function_reward
 from .engines import ENGINES, Engine
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -258,7 +258,7 @@ def write_scoring(pipe: Pipeline, out: Path) -> None:
     save(out / "reward_model", model, tokenizer)
     constants = {
         "MAX_RESPONSE_TOKENS": pipe.config.data.max_response_tokens,
-        "LABEL": pipe.model_reward(model, tokenizer, pipe.config.reward.label).label,
+        "LABEL": label_number(model, pipe.config.reward.label),
     }
     write_atomic(out / "scoring.py", filled("model_scoring", constants))
 

@@ -10,7 +10,7 @@ import secrets
 from pathlib import Path
 
 from ..config import JudgeConfig, UserError
-from ..engine.files import json_lines, json_object, write_atomic, write_json
+from ..engine.files import json_object, write_atomic, write_json, write_jsonl
 from ..pipeline.reading import read_json_rows
 from .pairs import RUBRIC, make_pairs
 from .people import comparison_of
@@ -88,7 +88,7 @@ def write_comparison(
             raise UserError(f"{out} holds a page for raters, made with other pairs", "choose another --out")
         key = old_key
     write_json(out / "key.json", key)  # before the pairs: a stop in between must not lose the salt
-    write_atomic(out / "pairs.jsonl", json_lines(pairs))
+    write_jsonl(out / "pairs.jsonl", pairs)
     return pairs, key
 
 
