@@ -17,6 +17,7 @@ Every row is taken to have full length. `python -m crlhf memory` counts the same
 trains; `tests/test_memory.py` holds these formulas to it.
 """
 
+import bisect
 import copy
 import os
 from dataclasses import dataclass
@@ -136,15 +137,12 @@ def largest_that_fits(config: Config, stage: str, knob: tuple[str, str], too_lar
     """The largest value of a knob (group, name) with which the stage fits, by bisection; 0 if none does."""
     group, name = knob
     trial = copy.deepcopy(config)
-    fits = 0
-    while too_large - fits > 1:
-        middle = (fits + too_large) // 2
-        setattr(getattr(trial, group), name, middle)
-        if tiny_bytes(trial, stage) <= available:
-            fits = middle
-        else:
-            too_large = middle
-    return fits
+
+    def needed(value: int) -> int:
+        setattr(getattr(trial, group), name, value)
+        return tiny_bytes(trial, stage)
+
+    return bisect.bisect_right(range(1, too_large), available, key=needed)
 
 
 def total_memory() -> float:
