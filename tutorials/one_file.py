@@ -393,7 +393,7 @@ def contrast(rewards, baseline_rewards):
 
 
 def token_rewards(rewards, log_probs, ref_log_probs, response_mask, kl_coef):
-    """The KL price at every token, the reward of the response at its last one.
+    """The KL penalty at every token, the reward of the response at its last one.
 
         R_t = -kl_coef * (log pi(y_t) - log pi_ref(y_t)) + [t is the last token] * r(x, y)
 
