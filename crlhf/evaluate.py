@@ -123,10 +123,12 @@ def log_ratio(policy: Model, ref_policy: Model, batch: Batch, temperature: float
     Some rows at a time: of a whole batch the logits alone, (B, T, V), can take more memory than the models.
     """
     n_rows = max(1, MOST_LOGITS // (batch.response_ids.shape[1] * policy.config.vocab_size))
-    rows = torch.arange(len(batch), device=batch.response_ids.device)
+    parts = [batch]
+    if n_rows < len(batch):  # to cut a batch makes a GPU wait
+        rows = torch.arange(len(batch), device=batch.response_ids.device)
+        parts = [batch[some_rows] for some_rows in rows.split(n_rows)]
     ratios = []
-    for some_rows in rows.split(n_rows):
-        part = batch[some_rows]
+    for part in parts:
         log_probs = response_log_probs(policy, part, temperature)
         ref_log_probs = response_log_probs(ref_policy, part, temperature)
         ratio = (log_probs - ref_log_probs) * part.response_mask
